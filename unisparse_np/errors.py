@@ -1,0 +1,17 @@
+"""The three ways a call can fail on purpose. Each message holds the value, the rule and the way out."""
+
+
+class UniSparseError(Exception):
+    """Base of the three below, so that a caller can catch them together."""
+
+
+class InvalidInput(UniSparseError, ValueError):
+    """An argument, flag, array or prompt breaks a rule (exit code 2 on the command line)."""
+
+
+class CheckpointError(UniSparseError, ValueError):
+    """A model folder or file is broken, incomplete or of an unknown kind (exit code 1)."""
+
+
+class BackendUnavailable(UniSparseError, RuntimeError):
+    """A backend was asked for by name and a piece of it is missing; the message names the install command (exit code 1)."""
