@@ -185,10 +185,8 @@ class Problem:
         """The same problem for KV heads start .. stop-1 and their query heads (whole composite heads only)."""
         share = (stop - start) / self.num_kv_heads
         first, last = (edge * self.num_composite_heads // self.num_kv_heads for edge in (start, stop))
-        per_head = {
-            name: values[first:last]
-            for name in ("top_p", "row_threshold")
-            if isinstance(values := getattr(self.config, name), tuple)
+        per_head: dict[str, Any] = {
+            name: values[first:last] for name in ("top_p", "row_threshold") if isinstance(values := getattr(self.config, name), tuple)
         }
         return replace(
             self,
@@ -196,6 +194,11 @@ class Problem:
             num_kv_heads=stop - start,
             config=replace(self.config, **per_head),
         )
+
+    def of_query_blocks(self, start: int, stop: int) -> Problem:
+        """The same problem for query blocks start .. stop-1; under causality the offset moves with them."""
+        first_row, last_row = self.query_range(start)[0], self.query_range(stop - 1)[1]
+        return replace(self, q_len=last_row - first_row, q_offset=self._offset + first_row if self.causal else None)
 
     @property
     def _offset(self) -> int:

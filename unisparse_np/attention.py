@@ -1,0 +1,166 @@
+"""unisparse_attention: the four stages on a backend, for arrays of any library."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal
+
+from .arrays import check_array, dtype_name, on_gpu
+from .config import UniSparseConfig
+from .errors import BackendUnavailable, InvalidInput
+from .problem import KeySummary, Problem
+from .trace import Trace
+
+AttentionConfig = UniSparseConfig | Literal["dense"]
+BACKENDS = {"reference": "unisparse_np.reference", "cupy": "unisparse_np.gpu.cupy_kernels", "numba": "unisparse_np.gpu.numba_kernels"}
+
+
+def unisparse_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    config: AttentionConfig | None = None,
+    *,
+    causal: bool = True,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    key_summary: KeySummary | None = None,
+    return_lse: bool = False,
+    return_trace: bool = False,
+) -> Any:
+    """UniSparse attention (ALGORITHM.md, steps 1-6), or dense attention.
+
+    Args:
+        q: queries [Hq, Lq, d] or [batch, Hq, Lq, d], after rotary embedding; float16, bfloat16, float32 or float64.
+        k, v: keys and values [Hkv, Lk, d], or with the same leading batch; dtype and library of q. Query head h reads
+            KV head h // (Hq / Hkv). Items of a batch have equal length and are computed alone.
+        config: a UniSparseConfig, None for its defaults, or "dense".
+        causal: a query sees the keys up to its own position.
+        q_offset: absolute position of the first query; None for Lk - Lq. Must be None without causality.
+        scale: factor on the logits; None for 1 / sqrt(d).
+        backend: "auto" (the arrays' own: NumPy and other CPU arrays go to the reference, GPU arrays to CuPy), "reference",
+            "numba" or "cupy". Never falls back.
+        key_summary: composite keys and anchors of k that a cache already holds (no batch); k is then not pooled again.
+        return_lse: also return the log-sum-exp [Hq, Lq] (natural log), for merging partial results.
+        return_trace: also return the Trace of the call, scores included; a list of them, one an item, for a batch.
+
+    Returns:
+        out, shape and dtype and library of q; with return_lse `(out, lse)`, with return_trace `(out, trace)`, with both
+        `(out, lse, trace)`. A query with nothing to attend (possible only without causality) has out 0 and lse -inf.
+
+    Raises:
+        InvalidInput: shapes, dtypes, offset or values that break a rule; non-finite numbers in what would be read.
+        BackendUnavailable: the backend is not installed, or not part of this version.
+    """
+    config = UniSparseConfig() if config is None else config
+    _check_config(config)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_array(name, x)
+    problem = _problem_of(q, k, v, config, causal, q_offset, scale)
+    batched = len(q.shape) == 4
+    if batched and key_summary is not None:
+        raise InvalidInput("key_summary goes with one item, but q, k, v have a batch axis: call once an item")
+    engine = load_backend(_backend_of(q) if backend == "auto" else backend)
+    q_in, k_in, v_in = (engine.from_any(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    items = list(zip(q_in, k_in, v_in, strict=True)) if batched else [(q_in, k_in, v_in)]
+    for item in items:
+        engine.check_finite(*item, problem)
+    results = [_run(*item, problem, config, engine, key_summary, return_trace) for item in items]
+
+    def joined(arrays: list) -> Any:
+        return engine.to_kind_of(engine.xp.stack(arrays) if batched else arrays[0], q)
+
+    out = joined([out.astype(q_in.dtype, copy=False) for out, _ in results])
+    answer: tuple[Any, ...] = (out,)
+    if return_lse:
+        answer += (joined([trace.lse for _, trace in results]),)
+    if return_trace:
+        traces = [trace for _, trace in results]
+        answer += (traces if batched else traces[0],)
+    return answer if len(answer) > 1 else out
+
+
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    config: AttentionConfig,
+    *,
+    backend: Any,
+    causal: bool = True,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    key_summary: KeySummary | None = None,
+) -> tuple[Any, Trace]:
+    """One attention call between parts that trust each other: a loaded backend's own arrays, no batch, no look at the values.
+
+    q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in the backend's computing precision, and its Trace.
+    """
+    problem = _problem_of(q, k, v, config, causal, q_offset, scale)
+    return _run(q, k, v, problem, config, backend, key_summary, keep_scores=False)
+
+
+def load_backend(name: str) -> Any:
+    """The backend's module: its stages, run_sparse, run_dense, RunningKeySummary, xp and layers.
+
+    Raises InvalidInput for an unknown name, BackendUnavailable when a piece of it is missing.
+    """
+    if name not in BACKENDS:
+        raise InvalidInput(f"backend={name!r} is not known: give auto, {', '.join(BACKENDS)}")
+    try:
+        return importlib.import_module(BACKENDS[name])
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("unisparse_np"):
+            raise BackendUnavailable(f"the {name} backend is not part of this version: use backend='reference'") from error
+        raise BackendUnavailable(
+            f"the {name} backend needs {error.name}: install it with  pip install 'unisparse-np[gpu]'  or use backend='reference'"
+        ) from error
+
+
+def _run(
+    q: Any, k: Any, v: Any, problem: Problem, config: AttentionConfig, backend: Any, key_summary: KeySummary | None, keep_scores: bool
+) -> tuple[Any, Trace]:
+    if config == "dense":
+        return backend.run_dense(q, k, v, problem)
+    return backend.run_sparse(q, k, v, problem, key_summary, keep_scores)
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, UniSparseConfig) and config != "dense":
+        raise InvalidInput(f"config={config!r} is neither a UniSparseConfig nor 'dense': give one of the two")
+
+
+def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q_offset: int | None, scale: float | None) -> Problem:
+    """The Problem that the shapes of q, k, v make. Raises InvalidInput when they do not fit together."""
+    shapes = {name: tuple(x.shape) for name, x in (("q", q), ("k", k), ("v", v))}
+    if len({(dtype_name(x), type(x)) for x in (q, k, v)}) > 1:
+        kinds = ", ".join(f"{name} {type(x).__name__} {dtype_name(x)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise InvalidInput(f"q, k and v differ in kind ({kinds}): give all three in one dtype from one library")
+    if len(shapes["q"]) not in (3, 4) or any(len(shape) != len(shapes["q"]) for shape in shapes.values()):
+        raise InvalidInput(
+            f"q {shapes['q']}, k {shapes['k']}, v {shapes['v']}: give q [Hq, Lq, d] and k, v [Hkv, Lk, d], all or none with a batch axis"
+        )
+    if shapes["k"] != shapes["v"]:
+        raise InvalidInput(f"k {shapes['k']} and v {shapes['v']} differ in shape: both are [Hkv, Lk, d]")
+    if shapes["q"][-1] != shapes["k"][-1]:
+        raise InvalidInput(f"q has head_dim {shapes['q'][-1]} and k has {shapes['k'][-1]}: they must be equal")
+    if shapes["q"][:-3] != shapes["k"][:-3]:
+        raise InvalidInput(f"q has batch {shapes['q'][0]} and k, v have {shapes['k'][0]}: they must be equal")
+    if 0 in shapes["q"][:-3]:
+        raise InvalidInput(f"q {shapes['q']} has an empty batch: give at least one item")
+    return Problem(
+        num_q_heads=shapes["q"][-3],
+        num_kv_heads=shapes["k"][-3],
+        q_len=shapes["q"][-2],
+        k_len=shapes["k"][-2],
+        head_dim=shapes["q"][-1],
+        config=UniSparseConfig() if config == "dense" else config,
+        causal=causal,
+        q_offset=q_offset,
+        scale=scale,
+    )
+
+
+def _backend_of(x: Any) -> str:
+    return "cupy" if on_gpu(x) else "reference"

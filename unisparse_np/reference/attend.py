@@ -1,0 +1,129 @@
+"""Step 6 of ALGORITHM.md: exact attention over the selected blocks and the anchor keys of the others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..problem import KeySummary, Problem, ceil_div
+from .precision import widen
+
+
+def sparse_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, problem: Problem, key_summary: KeySummary | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Step 6. Every query attends to the tokens of its selected blocks and to the anchor keys of the other visible blocks.
+
+    q [Hq, Lq, d], k, v [Hkv, Lk, d], mask [Hq, Nq, Nk] bool -> out [Hq, Lq, d], lse [Hq, Lq] (natural log), in float32
+    or wider. A query with nothing to attend has out 0 and lse -inf. With key_summary its anchors are taken as they are.
+    """
+    q, k, v = widen(q), widen(k), widen(v)
+    anchors = find_anchors(k, problem.config.block_size, problem.config.key_anchors) if key_summary is None else key_summary.anchors
+    out = np.empty(q.shape, dtype=q.dtype)
+    lse = np.empty(q.shape[:2], dtype=q.dtype)
+    for head in range(problem.num_q_heads):
+        kv_head = head // problem.group_size
+        for i in range(problem.num_q_blocks):
+            start, stop = problem.query_range(i)
+            positions = attended_positions(mask[head, i], anchors[kv_head], i, problem)  # [n], ascending
+            out[head, start:stop], lse[head, start:stop] = attend_block(q[head, start:stop], k[kv_head], v[kv_head], positions, i, problem)
+    return out, lse
+
+
+def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The same attention with every visible key: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d], lse [Hq, Lq]."""
+    q, k, v = widen(q), widen(k), widen(v)
+    out = np.empty(q.shape, dtype=q.dtype)
+    lse = np.empty(q.shape[:2], dtype=q.dtype)
+    for head in range(problem.num_q_heads):
+        kv_head = head // problem.group_size
+        for i in range(problem.num_q_blocks):
+            start, stop = problem.query_range(i)
+            positions = np.arange(problem.visible_keys(i))
+            out[head, start:stop], lse[head, start:stop] = attend_block(q[head, start:stop], k[kv_head], v[kv_head], positions, i, problem)
+    return out, lse
+
+
+def attended_positions(selected: np.ndarray, anchors: np.ndarray, i: int, problem: Problem) -> np.ndarray:
+    """Key positions that query block i may attend to, ascending, each once.
+
+    selected [Nk] bool, anchors [Nk, r] -> [n].
+    """
+    visible = problem.visible_keys(i)
+    kept = np.repeat(selected, problem.config.block_size)[:visible]  # [visible], a copy
+    kept[anchors[(anchors >= 0) & (anchors < visible)]] = True
+    return np.flatnonzero(kept)
+
+
+def attend_block(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, i: int, problem: Problem
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact softmax attention of query block i over the given positions.
+
+    q [rows, d], k, v [Lk, d], positions [n] ascending -> out [rows, d], lse [rows].
+    """
+    if positions.size == 0:
+        return np.zeros_like(q), np.full(len(q), -np.inf, dtype=q.dtype)
+    scores = (q * q.dtype.type(problem.scale)) @ gather(k, positions).T  # [rows, n]
+    if problem.causal:
+        hide_future(scores, positions, problem.query_positions(i)[0])
+    highest = scores.max(axis=1, keepdims=True)  # [rows, 1]
+    highest[highest == -np.inf] = 0.0  # a row that sees nothing: exp(-inf - 0) = 0 for all of it
+    scores -= highest
+    weights = np.exp(scores, out=scores)  # [rows, n]
+    total = weights.sum(axis=1, keepdims=True)  # [rows, 1]
+    out = weighted_values(weights, gather(v, positions))  # [rows, d]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        out = np.where(total == 0, 0.0, out / total)
+        lse = highest + np.log(total)
+    return out.astype(q.dtype, copy=False), lse[:, 0]
+
+
+def hide_future(scores: np.ndarray, positions: np.ndarray, first_query: int) -> None:
+    """The causal rule per token: scores [rows, n] of keys after their query become -inf, in place."""
+    tail = int(np.searchsorted(positions, first_query, side="right"))  # every row sees the positions before the tail
+    query_positions = first_query + np.arange(len(scores))  # [rows]
+    future = positions[tail:] > query_positions[:, None]  # [rows, n - tail]
+    scores[:, tail:][future] = -np.inf
+
+
+def gather(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """x[positions]; a view where the positions are an unbroken run, as in dense attention."""
+    first, last = int(positions[0]), int(positions[-1])
+    return x[first : last + 1] if last - first + 1 == positions.size else x.take(positions, axis=0)
+
+
+def weighted_values(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """weights @ values, where a weight of 0 (the future) hides even a NaN or an infinity: weights [rows, n], values [n, d]."""
+    out = weights @ values
+    if np.isfinite(out).all():
+        return out
+    finite = np.isfinite(values)
+    out = weights @ np.where(finite, values, 0.0)
+    for n in np.flatnonzero(~finite.all(axis=1)):
+        seen = weights[:, n] != 0
+        out[seen] += weights[seen, n, None] * np.where(finite[n], 0.0, values[n])
+    return out
+
+
+def find_anchors(k: np.ndarray, block_size: int, key_anchors: int) -> np.ndarray:
+    """Positions of the keys of smallest Euclidean norm in each block: k [Hkv, Lk, d] -> [Hkv, Nk, r] int32.
+
+    In ascending norm, the lower position first on ties; -1 where a ragged last block has fewer keys than r.
+    """
+    heads, length, _ = k.shape
+    blocks = ceil_div(length, block_size)
+    norms = np.full((heads, blocks * block_size), np.inf, dtype=np.promote_types(k.dtype, np.float32))
+    norms[:, :length] = squared_norms(k)
+    norms = norms.reshape(heads, blocks, block_size)
+    width = min(key_anchors, block_size)
+    order = np.argsort(norms, axis=-1, kind="stable")[..., :width]  # [Hkv, Nk, width]; the padding sorts last
+    positions = order + np.arange(blocks)[:, None] * block_size
+    anchors = np.full((heads, blocks, key_anchors), -1, dtype=np.int32)
+    anchors[..., :width] = np.where(positions < length, positions, -1)
+    return anchors
+
+
+def squared_norms(k: np.ndarray) -> np.ndarray:
+    """[Hkv, L, d] -> [Hkv, L] in float32 or wider; the order of the squares is the order of the norms."""
+    k = widen(k)
+    return np.square(k).sum(axis=-1)
