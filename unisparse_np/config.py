@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .errors import InvalidInput
@@ -71,7 +71,11 @@ class UniSparseConfig:
         return cls(block_size=64, q_compress=2, k_compress=4, top_p=None, row_threshold=0.02)
 
 
-PRESETS = {"default": UniSparseConfig, "paper": UniSparseConfig.paper, "precise": UniSparseConfig.precise}
+PRESETS: dict[str, Callable[[], UniSparseConfig]] = {
+    "default": UniSparseConfig,
+    "paper": UniSparseConfig.paper,
+    "precise": UniSparseConfig.precise,
+}
 
 _LEAST_VALUE = {
     "block_size": 1, "q_compress": 1, "k_compress": 1, "head_compress": 1, "key_anchors": 0, "sink_blocks": 0, "local_blocks": 0,

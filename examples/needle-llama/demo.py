@@ -1,0 +1,37 @@
+"""What `make demo` runs: ask needle-llama about a fact hidden in a long text, and check its answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAME = "needle-8k"
+
+
+def main() -> int:
+    prompt_file = HERE / "prompts" / f"{NAME}.txt"
+    expected = json.loads((HERE / "prompts" / "answers.json").read_text(encoding="utf-8"))[NAME]
+    prompt = prompt_file.read_text(encoding="utf-8")
+    text, question = prompt.rsplit("\n", 1)
+    needle_at = text.find(expected["answers"][0]) / len(text)
+    print(f"{len(prompt):,} characters to read; the fact asked for stands {needle_at:.0%} of the way in. They end with:\n")
+    print(f"  {question.strip()}\n")
+
+    flags = ["--model", str(HERE), "--prompt", str(prompt_file), "--max-tokens", str(expected["max_tokens"])]
+    print(f"unisparse-np generate {' '.join(flags)}\n", flush=True)
+    command = [sys.executable, "-m", "unisparse_np", "generate", *flags]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # progress and statistics go to the terminal
+    if run.returncode:
+        return run.returncode
+
+    answer = run.stdout.strip()
+    right = all(reference.lower() in answer.lower() for reference in expected["answers"])
+    print(f"\nanswer:   {answer}\nexpected: {', '.join(expected['answers'])}\n{'RIGHT' if right else 'WRONG'}")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The command line: flags in, text out. Each command is one file of this folder; nothing here computes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from ..errors import InvalidInput, UniSparseError
+from ..version import __version__
+
+COMMANDS = ("generate", "convert", "env")  # in the order a newcomer meets them
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+class CommandGroup(click.Group):
+    """Imports a command's file only when that command runs, and turns the project's errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f".{cmd_name}", __name__), cmd_name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UniSparseError as error:  # anything else is a bug and keeps its traceback
+            click.echo(f"Error: {error}", err=True)
+            raise click.exceptions.Exit(USAGE if isinstance(error, InvalidInput) else FAILURE) from error
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="unisparse-np")
+def main() -> None:
+    """Run Llama-family models on long prompts with UniSparse, a sparse attention that needs no training.
+
+    Text goes to stdout, progress and statistics to stderr. Exit codes: 0 fine, 1 failure, 2 wrong usage, 130 Ctrl-C.
+
+    Start with:  unisparse-np generate --model DIR --prompt FILE
+    """

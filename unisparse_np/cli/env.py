@@ -1,0 +1,120 @@
+"""unisparse-np env: what this machine has, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..version import __version__
+
+_LIBRARIES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "threadpoolctl")
+_OPTIONAL = {  # what it gives -> (distributions, any of which provides it; how to get it)
+    "CuPy, the fast GPU backend": (("cupy-cuda12x", "cupy-cuda13x", "cupy"), 'pip install "unisparse-np[gpu]"'),
+    "Numba CUDA, the readable GPU backend": (("numba-cuda",), 'pip install "unisparse-np[gpu]"'),
+    "gguf, which convert reads with": (("gguf",), 'pip install "unisparse-np[gguf]"'),
+    "matplotlib, for pictures": (("matplotlib",), 'pip install "unisparse-np[plot]"'),
+}
+_GPU_FIELDS = {"name": "name", "memory": "memory.total", "driver": "driver_version", "compute_capability": "compute_cap"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def env(as_json: bool) -> None:
+    """Show versions, processor, memory and GPU, and how to get what is missing.
+
+    Worth pasting into a bug report.
+    """
+    facts = collect()
+    click.echo(json.dumps(facts) if as_json else as_text(facts))
+
+
+def collect() -> dict[str, Any]:
+    """Everything `env` prints, as plain values."""
+    return {
+        "unisparse_np": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "blas": blas(),
+        "cpu": {"name": cpu_name(), "cores": usable_cores()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus(),
+        "optional": {
+            purpose: {"version": next(filter(None, map(_version, names)), None), "install": install}
+            for purpose, (names, install) in _OPTIONAL.items()
+        },
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    rows = [
+        ("unisparse-np", facts["unisparse_np"]),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        *((name, version or "missing: pip install unisparse-np") for name, version in facts["libraries"].items()),
+        *(("BLAS", f"{blas['name']} {blas['version']}, {blas['threads']} threads") for blas in facts["blas"]),
+        ("processor", f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores"),
+        ("memory", f"{facts['memory_bytes'] / 2**30:.1f} GiB"),
+        *(
+            ("GPU", f"{gpu['name']}, {gpu['memory']}, compute capability {gpu['compute_capability']}, driver {gpu['driver']}")
+            for gpu in facts["gpus"]
+        ),
+    ]
+    if not facts["gpus"]:
+        rows.append(("GPU", "none found (nvidia-smi lists none): the reference backend, NumPy, runs without one"))
+    lines = [f"{label:<14} {value}" for label, value in rows]
+    lines += ["", "optional:"]
+    lines += [
+        f"  {purpose}: {part['version'] or 'missing, get it with: ' + part['install']}" for purpose, part in facts["optional"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def blas() -> list[dict[str, Any]]:
+    """The libraries that compute NumPy's matrix products, with their thread counts."""
+    import numpy  # noqa: F401  (its BLAS shows up only once it is loaded)
+    from threadpoolctl import threadpool_info
+
+    return [
+        {"name": pool["internal_api"], "version": pool["version"], "threads": pool["num_threads"]}
+        for pool in threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs as nvidia-smi lists them; none where there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS.values())}", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    lines = found.stdout.splitlines() if found.returncode == 0 else []
+    return [dict(zip(_GPU_FIELDS, (part.strip() for part in line.split(",")), strict=True)) for line in lines]

@@ -1,0 +1,206 @@
+"""Flags that several commands share, and how they become a config.
+
+Every attention flag is unset unless given. What is unset comes from --preset, else from unisparse.json beside the
+model, else from the default. `off` on the command line is None in the config.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import PRESETS, UniSparseConfig
+from ..errors import CheckpointError, InvalidInput
+
+OFF = "off"
+CONFIG_FILE = "unisparse.json"
+_CONFIG_FIELDS = tuple(field.name for field in fields(UniSparseConfig))
+_SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+
+Attention = UniSparseConfig | str  # a config, or "dense"
+
+
+class Size(click.ParamType):
+    """A count of tokens, in which 8K means 8192 and 1M means 1048576."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)([KM]?)", value.strip().upper())
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a size: give a whole number above 0, such as 8192 or 8K", param, ctx)
+        return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
+class ShareOrOff(click.ParamType):
+    """A number, or `off`. Its range is checked by UniSparseConfig."""
+
+    name = "share|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if isinstance(value, float) or value.lower() == OFF:
+            return value.lower() if isinstance(value, str) else value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor `{OFF}`", param, ctx)
+
+
+class SectionedCommand(click.Command):
+    """A command whose help lists its options under headings, in the order they were declared."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(param, "section", "Help"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class _SectionedOption(click.Option):
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+def in_section(section: str, *declarations: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Callable], Callable]:
+    """A decorator that adds options, each (names, attributes of click.option), under one heading of the help."""
+
+    def decorate(command: Callable) -> Callable:
+        for names, attributes in reversed(declarations):
+            command = click.option(*names, cls=_SectionedOption, section=section, **attributes)(command)
+        return command
+
+    return decorate
+
+
+def flag(*names: str, **attributes: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """One option for in_section: its names and what click.option takes."""
+    return names, attributes
+
+
+_ATTENTION_OPTIONS = in_section(
+    "Attention",
+    flag("--attention", type=click.Choice(["unisparse", "dense"]), default="unisparse", show_default=True,
+         help="How the prompt is read: sparse, or every token with every earlier one."),
+    flag("--decode-attention", type=click.Choice(["dense", "unisparse"]), default="dense", show_default=True,
+         help="How each new token looks back at the text."),
+    flag("--preset", type=click.Choice(list(PRESETS)),
+         help=f"Start from a named set of the values below. Unset: {CONFIG_FILE} in the model's folder, else default."),
+    flag("--attn-top-p", "top_p", type=ShareOrOff(),
+         help="Keep the fewest key blocks that together hold this share of the estimated attention. Default: 0.95."),
+    flag("--row-threshold", type=ShareOrOff(),
+         help="Also keep a block that some few neighbouring queries alone give more than this share. Default: off."),
+    flag("--block-size", type=Size(), help="Tokens in a block, the unit that is kept or dropped. Default: 128."),
+    flag("--compress", type=Size(), help="Tokens averaged into one to score blocks; sets both of the next two. Default: 8."),
+    flag("--q-compress", type=Size(), help="The same for queries alone."),
+    flag("--k-compress", type=Size(), help="The same for keys alone."),
+    flag("--head-compress", type=Size(), help="Neighbouring query heads averaged into one to score blocks. Default: 1 (off)."),
+    flag("--key-anchors", type=int, help="Keys that stay visible in every dropped block, 0 to 8. Default: 1."),
+    flag("--sink-blocks", type=int, help="Blocks at the start of the text that are always kept. Default: 1."),
+    flag("--local-blocks", type=int, help="Blocks just before the current one that are always kept. Default: 1."),
+)  # fmt: skip
+
+run_options = in_section(
+    "Running",
+    flag("--backend", type=click.Choice(["auto", "reference", "numba", "cupy"]), default="auto", show_default=True,
+         help="What computes. auto: cupy where CuPy and a GPU are present, else reference (NumPy)."),
+    flag("--dtype", default="auto", show_default=True, help="Precision of the computation, such as float32."),
+    flag("--chunk-size", type=Size(), help="Tokens of the prompt read at a time. Bounds memory; does not change the answer."),
+    flag("--max-context", type=Size(), help="Allow prompt and answer together this many tokens, more than the model was made for."),
+    flag("--device", type=int, help="Number of the GPU to use, where there are several."),
+)  # fmt: skip
+
+output_options = in_section(
+    "Output",
+    flag("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."),
+    flag("-q", "--quiet", is_flag=True, help="No progress and no statistics on stderr."),
+)
+
+
+def attention_options(command: Callable) -> Callable:
+    """The knobs of the algorithm. Those that were given arrive as one dictionary, `attention_flags`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **values: Any) -> Any:
+        flags = {name: values.pop(name) for name in ("preset", "compress", *_CONFIG_FIELDS)}
+        given = {name: value for name, value in flags.items() if value is not None}
+        return command(*args, attention_flags=given, **values)
+
+    return _ATTENTION_OPTIONS(wrapped)
+
+
+def resolve_attention(model_dir: str, attention: str, decode_attention: str, flags: dict[str, Any]) -> tuple[Attention, Attention]:
+    """The attention of prefill and of decode, from the flags that were given.
+
+    Raises:
+        InvalidInput: a value breaks its rule, or flags were given that nothing would use.
+        CheckpointError: unisparse.json is broken.
+    """
+    if attention == decode_attention == "dense":
+        if flags:
+            name = {"top_p": "attn-top-p"}.get(first := next(iter(flags)), first.replace("_", "-"))
+            raise InvalidInput(f"--{name} has no effect with --attention dense: drop one of the two")
+        return "dense", "dense"
+    config = _config_from(model_dir, flags)
+    return (config if attention == "unisparse" else "dense"), (config if decode_attention == "unisparse" else "dense")
+
+
+def _config_from(model_dir: str, flags: dict[str, Any]) -> UniSparseConfig:
+    base = PRESETS[flags["preset"]]() if "preset" in flags else _config_beside(Path(model_dir))
+    changes: dict[str, Any] = {}
+    if "compress" in flags:
+        changes = {"q_compress": flags["compress"], "k_compress": flags["compress"]}
+    changes |= {name: None if value == OFF else value for name, value in flags.items() if name in _CONFIG_FIELDS}
+    try:
+        return replace(base, **changes)
+    except InvalidInput as error:
+        raise InvalidInput(f"attention flags: {error}") from None
+
+
+def _config_beside(model_dir: Path) -> UniSparseConfig:
+    """The config in unisparse.json, where the model's folder has one; otherwise the default."""
+    path = model_dir / CONFIG_FILE
+    if not path.is_file():
+        return UniSparseConfig()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): mend it, delete it, or name a --preset to pass it by") from None
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - set(_CONFIG_FIELDS))):
+        found = f"unknown field {unknown[0]!r}" if isinstance(values, dict) else f"a {type(values).__name__}"
+        raise CheckpointError(f"{path} holds {found}, but must be one object with fields among {', '.join(_CONFIG_FIELDS)}")
+    try:
+        return UniSparseConfig(**values)
+    except InvalidInput as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def use_device(device: int | None, backend: str) -> None:
+    """Let this process see one GPU only. Must run before CuPy or Numba is imported.
+
+    Raises:
+        InvalidInput: the reference backend has no device, or there is no GPU of that number.
+    """
+    if device is None:
+        return
+    if backend == "reference":
+        raise InvalidInput(f"--device {device} picks a GPU, but --backend reference runs on the CPU: drop one of the two")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    if device < 0 or (names is not None and device >= len(names)):
+        raise InvalidInput(f"--device {device} is not a GPU of this machine: give 0 or higher" + (f", below {len(names)}" if names else ""))
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[device] if names else str(device)
