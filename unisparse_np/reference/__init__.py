@@ -13,6 +13,8 @@ import numpy as np
 from ..arrays import like, to_numpy
 from ..errors import InvalidInput
 from ..problem import Problem
+from . import layers
+from . import attend, select
 from .attend import dense_attention, find_anchors, sparse_attention
 from .compress import compress
 from .key_summary import RunningKeySummary
@@ -21,8 +23,8 @@ from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "name", "run_dense",
-    "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_numpy", "attend", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "name",
+    "run_dense", "run_sparse", "score_blocks", "select", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "reference"
@@ -52,3 +54,8 @@ def check_finite(q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Problem) 
         if not np.isfinite(x).all():
             head, token, dim = (int(axis[0]) for axis in np.nonzero(~np.isfinite(x)))
             raise InvalidInput(f"{label} holds {x[head, token, dim]} at [{head}, {token}, {dim}]: attention needs finite numbers")
+
+
+def as_numpy(x: np.ndarray) -> np.ndarray:
+    """The backend's array as NumPy."""
+    return x
