@@ -1,7 +1,4 @@
-"""Write the prompts in prompts/ and the right answers beside them. The same text comes out every time.
-
-    python examples/needle-llama/make_prompts.py
-"""
+"""Write the prompts in prompts/ and the right answers beside them. The same text comes out every time."""
 
 from __future__ import annotations
 
