@@ -8,6 +8,7 @@ widened where they are used.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -133,4 +134,4 @@ def _by_rows(work: Callable[[int, int], None], rows: int) -> None:
         share((0, rows))
         return
     edges = [rows * n // num_threads() for n in range(num_threads() + 1)]
-    in_threads(share, list(zip(edges, edges[1:], strict=False)))
+    in_threads(share, list(pairwise(edges)))

@@ -1,0 +1,207 @@
+"""Llama: the forward pass of llama, mistral, qwen2 and qwen3 models, over the layers and attention of any backend."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..attention import AttentionConfig, attend
+from ..config import UniSparseConfig
+from ..errors import InvalidInput
+from ..problem import ceil_div
+from .config import ModelConfig
+from .kv_cache import KVCache
+from .weights import LayerWeights, Weights
+
+Attention = AttentionConfig | Sequence[AttentionConfig]
+Progress = Callable[[int, int, float], None]
+DEFAULT_CHUNK_SIZE = 1024
+
+
+class Llama:
+    """A loaded model. It holds no state between calls: what was read so far lives in the KVCache.
+
+    `attention` is everywhere "dense", a UniSparseConfig, or a list of these, one a layer.
+
+    Attributes:
+        config: the ModelConfig.
+        backend: the loaded backend module.
+        max_context: the most positions a sequence may have: max_position_embeddings, or what the caller set instead.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Any, max_context: int | None = None) -> None:
+        if max_context is not None and max_context < 1:
+            raise InvalidInput(f"max_context={max_context} leaves no room: give at least 1, or None for the model's own limit")
+        self.config, self.weights, self.backend = config, weights, backend
+        self.max_context = config.max_position_embeddings if max_context is None else max_context
+        self._layers = backend.layers
+        self._dtype = self._layers.compute_dtype(weights.embedding.dtype)
+
+    # ---- what callers use ----
+    def new_cache(self, capacity: int, attention: Attention = "dense") -> KVCache:
+        """Room for `capacity` tokens.
+
+        Raises:
+            InvalidInput: more than the model's positions, or an attention list that does not fit the layers.
+        """
+        self._attention_per_layer(attention)
+        self._check_positions(capacity)
+        return KVCache(self.config, capacity, self.backend, self._dtype)
+
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        attention: Attention,
+        *,
+        chunk_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Read a prompt in chunks; only its last position goes through the head.
+
+        Args:
+            token_ids: T ids; their keys and values are appended to the cache.
+            chunk_size: tokens at a time; rounded up to a multiple of the block size, with a warning. The result does not
+                depend on it.
+            progress: called after each chunk with (tokens done, tokens in all, density so far).
+
+        Returns:
+            logits [vocab] float32 (float64 for a float64 model) of the last position.
+
+        Raises:
+            InvalidInput: no token, an id outside the vocabulary, or more tokens than the cache or the model can hold.
+        """
+        configs = self._attention_per_layer(attention)
+        self._check_tokens(token_ids)
+        self._begin(cache, len(token_ids))
+        hidden: Any = None
+        for start, stop in self._chunks(len(token_ids), configs, chunk_size):
+            hidden = self._forward(token_ids[start:stop], cache, configs, count=True)
+            if progress is not None:
+                progress(stop, len(token_ids), sum(cache.kept_blocks) / sum(cache.visible_blocks))
+        return self._head(hidden[-1:])[0]
+
+    def step(self, token_id: int, cache: KVCache, attention: Attention) -> np.ndarray:
+        """Read one more token (decode) -> logits [vocab], as from `prefill`. It does not change the densities."""
+        configs = self._attention_per_layer(attention)
+        self._check_tokens([token_id])
+        self._begin(cache, 1)
+        return self._head(self._forward([token_id], cache, configs, count=False))[0]
+
+    def logits(self, token_ids: Sequence[int], attention: Attention = "dense", chunk_size: int | None = None) -> np.ndarray:
+        """Logits of every position: T ids -> [T, vocab] float32 (float64 for a float64 model)."""
+        configs = self._attention_per_layer(attention)
+        self._check_tokens(token_ids)
+        cache = self.new_cache(len(token_ids), attention)
+        self._begin(cache, len(token_ids))
+        out = np.empty((len(token_ids), self.config.vocab_size), dtype=np.float64 if self._dtype == np.float64 else np.float32)
+        for start, stop in self._chunks(len(token_ids), configs, chunk_size):
+            out[start:stop] = self._head(self._forward(token_ids[start:stop], cache, configs, count=True))
+        return out
+
+    def layer_densities(self, cache: KVCache) -> list[float]:
+        """The prefill's density, one ratio a layer; empty before the first prefill."""
+        return cache.densities()
+
+    # ---- the forward pass ----
+    def _forward(self, token_ids: Sequence[int], cache: KVCache, configs: list[AttentionConfig], count: bool) -> Any:
+        """T ids after those in the cache -> their hidden states [T, hidden] before the last norm."""
+        layers = self._layers
+        x = layers.embedding(self.weights.embedding, token_ids, self._dtype)  # [T, hidden]
+        cos_sin = layers.rotary_tables(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self._dtype)
+        for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
+            normed = layers.rms_norm(x, weights.input_norm, self.config.rms_norm_eps)
+            layers.add(x, self._attention(index, weights, normed, cos_sin, cache, config, count))
+            normed = layers.rms_norm(x, weights.post_attention_norm, self.config.rms_norm_eps)
+            gate_up = layers.linear(normed, weights.gate_up, weights.gate_up_bias)  # [T, 2 * intermediate]
+            layers.add(x, layers.linear(layers.swiglu(gate_up), weights.down, weights.down_bias))
+        cache.advance(len(token_ids))
+        return x
+
+    def _attention(
+        self, index: int, weights: LayerWeights, x: Any, cos_sin: tuple[Any, Any], cache: KVCache, config: AttentionConfig, count: bool
+    ) -> Any:
+        """One attention block: x [T, hidden], normed -> [T, hidden]."""
+        layers, shape = self._layers, self.config
+        tokens, stop = len(x), cache.length + len(x)
+        qkv = layers.linear(x, weights.qkv, weights.qkv_bias).reshape(tokens, -1, shape.head_dim)  # [T, Hq + 2 Hkv, d]
+        kv_start, v_start = shape.num_attention_heads, shape.num_attention_heads + shape.num_key_value_heads
+        q, k, v = qkv[:, :kv_start], qkv[:, kv_start:v_start], qkv[:, v_start:]  # [T, H, d]
+        if weights.q_norm is not None:
+            q = layers.rms_norm(q, weights.q_norm, shape.rms_norm_eps)
+            k = layers.rms_norm(k, weights.k_norm, shape.rms_norm_eps)
+        k_room, v_room = cache.room(index, tokens)
+        layers.rotary(k, *cos_sin, out=k_room)
+        v_room[...] = v.transpose(1, 0, 2)
+        q_rotated = layers.xp.empty((shape.num_attention_heads, tokens, shape.head_dim), dtype=self._dtype)
+        layers.rotary(q, *cos_sin, out=q_rotated)
+        keys, values = cache.upto(index, stop)
+        summary = cache.key_summary(index, stop, config)
+        out, trace = attend(q_rotated, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary)  # [Hq, T, d]
+        if count:
+            cache.add_counts(index, trace.kept_blocks, trace.visible_blocks)
+        return layers.linear(out.transpose(1, 0, 2).reshape(tokens, -1), weights.output, weights.output_bias)
+
+    def _head(self, hidden: Any) -> np.ndarray:
+        """hidden [T, hidden] -> logits [T, vocab] on the host."""
+        normed = self._layers.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        logits = self._layers.to_host(self._layers.linear(normed, self.weights.head))
+        return logits if logits.dtype == np.float64 else logits.astype(np.float32, copy=False)
+
+    # ---- before any work starts ----
+    def _begin(self, cache: KVCache, tokens: int) -> None:
+        """Check that the tokens fit, and fix the rotary frequencies by the first prompt's length."""
+        self._check_positions(cache.length + tokens)
+        cache.require_room(tokens)
+        if cache.inv_freq is None:
+            inv_freq, cache.rotary_factor = self.config.rope_parameters.inverse_frequencies(self.config.head_dim, tokens)
+            cache.inv_freq = self._layers.xp.asarray(inv_freq)  # [d/2]
+
+    def _check_positions(self, positions: int) -> None:
+        window = self.config.sliding_window
+        if window is not None and positions > window:
+            raise InvalidInput(
+                f"{positions} tokens are more than this model's sliding window of {window}, and sliding attention is not computed: "
+                f"give at most {window} tokens in all, prompt and answer"
+            )
+        if positions > self.max_context:
+            raise InvalidInput(
+                f"{positions} tokens are more than the {self.max_context} positions this model may use: "
+                "shorten the prompt or the answer, or raise the limit with --max-context (max_context= in load)"
+            )
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        if len(token_ids) == 0:
+            raise InvalidInput("the prompt has no tokens: give at least one")
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise InvalidInput(
+                f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}: use the tokenizer that belongs to it"
+            )
+
+    def _attention_per_layer(self, attention: Attention) -> list[AttentionConfig]:
+        layers = self.config.num_hidden_layers
+        configs = [attention] * layers if isinstance(attention, (str, UniSparseConfig)) else list(attention)
+        if len(configs) != layers:
+            raise InvalidInput(
+                f"attention lists {len(configs)} configs, but the model has {layers} layers: give one a layer, or a single one"
+            )
+        for config in configs:
+            if config != "dense" and not isinstance(config, UniSparseConfig):
+                raise InvalidInput(f"attention={config!r} is neither 'dense' nor a UniSparseConfig: give one of the two")
+        return configs
+
+    def _chunks(self, tokens: int, configs: list[AttentionConfig], chunk_size: int | None) -> list[tuple[int, int]]:
+        """[start, stop) of the chunks: whole query blocks each, so that chunking cannot change a block decision."""
+        if chunk_size is not None and chunk_size < 1:
+            raise InvalidInput(f"chunk_size={chunk_size} is no chunk: give at least 1, or None for the default")
+        unit = math.lcm(*(config.block_size for config in configs if isinstance(config, UniSparseConfig)))
+        size = ceil_div(chunk_size or DEFAULT_CHUNK_SIZE, unit) * unit
+        if chunk_size is not None and size != chunk_size:
+            warnings.warn(f"chunk_size {chunk_size} is rounded up to {size}, a multiple of the block size {unit}", stacklevel=3)
+        return [(start, min(tokens, start + size)) for start in range(0, tokens, size)]

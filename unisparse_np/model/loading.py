@@ -1,0 +1,48 @@
+"""load(): a model folder in, a model that runs and its tokenizer out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..attention import load_backend
+from ..errors import BackendUnavailable, CheckpointError
+from .config import ModelConfig
+from .llama import Llama
+from .tokenizer import Tokenizer
+from .weights import load_weights
+
+
+def load(path: str | Path, backend: str = "auto", dtype: str = "auto", max_context: int | None = None) -> tuple[Llama, Tokenizer]:
+    """Load a folder as transformers saves it: config.json, safetensors weights, tokenizer.json.
+
+    Args:
+        backend: auto (cupy where it can run, otherwise reference), reference, numba or cupy.
+        dtype: how weights are held: auto (the backend's measured choice), float32, float16, bfloat16, or float64, which
+            also computes in float64 (for tests).
+        max_context: the most positions a sequence may have, instead of the config's max_position_embeddings.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged, or of a kind that is not supported.
+        InvalidInput: an unknown backend or dtype, or a max_context below 1.
+        BackendUnavailable: a backend asked for by name is not installed.
+    """
+    folder = Path(path)
+    config = ModelConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}: "
+            "use the tokenizer that belongs to it"
+        )
+    engine = _backend_for_models(backend)
+    return Llama(config, load_weights(folder, config, engine.layers, dtype), engine, max_context), tokenizer
+
+
+def _backend_for_models(name: str) -> Any:
+    if name != "auto":
+        return load_backend(name)
+    try:
+        return load_backend("cupy")
+    except BackendUnavailable:
+        return load_backend("reference")
