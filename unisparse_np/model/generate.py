@@ -1,0 +1,193 @@
+"""From a prompt to an answer, piece by piece: prefill, then one token after another until something ends it."""
+
+from __future__ import annotations
+
+import numbers
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ..config import UniSparseConfig
+from ..errors import InvalidInput
+from .kv_cache import KVCache
+from .llama import Attention, Llama
+from .sampling import Sampler
+from .statistics import Statistics, Stopwatch
+from .stop_strings import StopStrings
+from .tokenizer import Tokenizer
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class NoChatTemplateWarning(UserWarning):
+    """The model has no chat template, so the prompt is continued as raw text."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of an answer.
+
+    text: whole characters that are certain now; empty while a character or a stop string may be under way.
+    token_id: the token of this step, the EOS token included.
+    finish_reason: on the last piece "eos" (the model ended), "stop" (a stop string) or "length" (max_tokens, or the context is full).
+    statistics: on the last piece.
+    """
+
+    text: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    statistics: Statistics | None = None
+
+
+def stream_generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    attention: Attention = UniSparseConfig(),  # noqa: B008  (frozen)
+    decode_attention: Attention = "dense",
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    system: str | None = None,
+    raw: bool = False,
+    chunk_size: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Iterator[Piece]:
+    """Answer `prompt`; everything is checked in this call, and the work begins with the first piece asked for.
+
+    Args:
+        prompt: text (goes through the chat template unless `raw` or the model has none), or token ids taken as they are.
+        attention: of the prefill; "dense", a UniSparseConfig, or a list of these, one a layer. decode_attention: of the steps after it.
+        max_tokens: most tokens to generate; fewer where the context ends before.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampler`; greedy by default.
+        stop: texts that end the answer and are not part of it, however tokens cut them. A special token is given by its spelling.
+        system: system message for the chat template.
+        chunk_size, progress: see `Llama.prefill`.
+
+    Raises:
+        InvalidInput: an argument breaks its rule, or the prompt is empty or does not fit the context.
+        CheckpointError: the chat template is broken; from the iterator: the logits are not finite.
+    """
+    stopwatch = Stopwatch(started=time.perf_counter())
+    sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    stop_strings = StopStrings(stop)
+    stop_token_ids = {token_id for text in stop_strings.texts if (token_id := tokenizer.special_token_id(text)) is not None}
+    prompt_ids = _prompt_ids(model, tokenizer, prompt, system, raw)
+    max_tokens = _tokens_that_fit(model, len(prompt_ids), max_tokens)
+    model.new_cache(1, decode_attention)  # has decode_attention checked before the prefill
+    cache = model.new_cache(len(prompt_ids) + max_tokens - 1, attention)  # the last token is not read again
+
+    def prefill() -> np.ndarray:
+        return model.prefill(prompt_ids, cache, attention, chunk_size=chunk_size, progress=progress)
+
+    def step(token_id: int) -> np.ndarray:
+        return model.step(token_id, cache, decode_attention)
+
+    token_ids = _generate_tokens(prefill, step, sampler, prompt_ids, max_tokens, stopwatch)
+    ends: dict[int, FinishReason] = {token_id: "eos" for token_id in tokenizer.eos_token_ids}
+    ends.update({token_id: "stop" for token_id in stop_token_ids})
+    pieces = _pieces(token_ids, tokenizer, stop_strings, ends, max_tokens)
+    return _with_statistics(pieces, model, cache, len(prompt_ids), stopwatch)
+
+
+def generate(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int], **options: Any) -> str:
+    """The whole answer as one string; options and errors are those of `stream_generate`."""
+    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+
+
+def _generate_tokens(
+    prefill: Callable[[], np.ndarray],
+    step: Callable[[int], np.ndarray],
+    sampler: Sampler,
+    prompt_ids: list[int],
+    max_tokens: int,
+    stopwatch: Stopwatch,
+) -> Iterator[int]:
+    """max_tokens token ids, each read back only when the next one is asked for."""
+    ids = np.empty(len(prompt_ids) + max_tokens, dtype=np.int64)  # prompt and answer so far
+    ids[: len(prompt_ids)] = prompt_ids
+    begin = time.perf_counter()
+    logits = prefill()  # [vocab]
+    stopwatch.prefill_seconds = time.perf_counter() - begin
+    token_id = sampler(logits, ids[: len(prompt_ids)])
+    stopwatch.time_to_first_token = time.perf_counter() - stopwatch.started
+    yield token_id
+    for length in range(len(prompt_ids) + 1, len(ids)):
+        ids[length - 1] = token_id
+        begin = time.perf_counter()
+        token_id = sampler(step(token_id), ids[:length])
+        stopwatch.decode_seconds += time.perf_counter() - begin
+        yield token_id
+
+
+def _pieces(
+    token_ids: Iterator[int], tokenizer: Tokenizer, stop_strings: StopStrings, ends: dict[int, FinishReason], max_tokens: int
+) -> Iterator[Piece]:
+    """Tokens to pieces of certain text; the last piece has a finish_reason."""
+    detokenizer = tokenizer.detokenizer()
+    for count, token_id in enumerate(token_ids, start=1):
+        reason = ends.get(token_id) or ("length" if count == max_tokens else None)
+        text = "" if token_id in ends else detokenizer.push(token_id)
+        if reason is not None:
+            text += detokenizer.flush()
+        certain, found = stop_strings.push(text)
+        if found:
+            reason = "stop"
+        elif reason is not None:
+            certain += stop_strings.flush()
+        yield Piece(certain, token_id, reason)
+        if reason is not None:
+            return
+
+
+def _with_statistics(pieces: Iterator[Piece], model: Llama, cache: KVCache, prompt_tokens: int, stopwatch: Stopwatch) -> Iterator[Piece]:
+    for count, piece in enumerate(pieces, start=1):
+        if piece.finish_reason is None:
+            yield piece
+        else:
+            statistics = stopwatch.statistics(prompt_tokens, count, model.layer_densities(cache))
+            yield Piece(piece.text, piece.token_id, piece.finish_reason, statistics)
+
+
+def _prompt_ids(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int], system: str | None, raw: bool) -> list[int]:
+    if isinstance(prompt, str):
+        token_ids = tokenizer.encode_prompt(prompt, system, raw)
+        if not raw and not tokenizer.has_chat_template:
+            warnings.warn("the model has no chat template, so the prompt is continued as raw text", NoChatTemplateWarning, stacklevel=3)
+        return token_ids
+    if system is not None:
+        raise InvalidInput(
+            f"the system message {system[:40]!r} has no place beside a prompt of token ids: leave it out, or give the prompt as text"
+        )
+    if len(prompt) == 0:
+        raise InvalidInput("the prompt has no tokens: give at least one")
+    vocab_size = model.config.vocab_size
+    for token_id in prompt:
+        if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or not 0 <= token_id < vocab_size:
+            raise InvalidInput(
+                f"token id {token_id!r} in the prompt is not one of the model's: give whole numbers from 0 to {vocab_size - 1}"
+            )
+    return [int(token_id) for token_id in prompt]
+
+
+def _tokens_that_fit(model: Llama, prompt_tokens: int, max_tokens: int) -> int:
+    """max_tokens, or fewer where the context ends before."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
+        raise InvalidInput(f"max_tokens={max_tokens!r} makes no answer: give a whole number of at least 1")
+    limit = model.max_context
+    if prompt_tokens > limit:
+        raise InvalidInput(
+            f"the prompt has {prompt_tokens} tokens, more than the {limit} this model may use: shorten it, "
+            "or raise the limit with --max-context (max_context= in load)"
+        )
+    return min(int(max_tokens), limit - prompt_tokens + 1)
