@@ -109,13 +109,16 @@ def load_backend(name: str) -> Any:
     if name not in BACKENDS:
         raise InvalidInput(f"backend={name!r} is not known: give auto, {', '.join(BACKENDS)}")
     try:
-        return importlib.import_module(BACKENDS[name])
+        backend = importlib.import_module(BACKENDS[name])
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("unisparse_np"):
             raise BackendUnavailable(f"the {name} backend is not part of this version: use backend='reference'") from error
         raise BackendUnavailable(
             f"the {name} backend needs {error.name}: install it with  pip install 'unisparse-np[gpu]'  or use backend='reference'"
         ) from error
+    if backend.__file__ is None:  # a folder without code
+        raise BackendUnavailable(f"the {name} backend is not part of this version: use backend='reference'")
+    return backend
 
 
 def _run(
