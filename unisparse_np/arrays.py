@@ -38,12 +38,14 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
         return x
     if on_gpu(x):
         raise InvalidInput(f"{name} lives on a GPU and the reference backend on the CPU: use backend='auto', or copy it to the host first")
+    if getattr(x, "requires_grad", False):
+        raise InvalidInput(f"{name} requires a gradient, which this attention does not compute: detach it first")
     try:
         if dtype_name(x) == "bfloat16":  # DLPack's bfloat16 is unknown to NumPy; the same bits as uint16 are not
             return np.from_dlpack(x.view(_namespace(x).uint16)).view(ml_dtypes.bfloat16)
         return np.from_dlpack(x)
     except (BufferError, RuntimeError) as error:
-        raise InvalidInput(f"{name} cannot be read over DLPack ({error}): give a plain CPU array, detached from gradients") from error
+        raise InvalidInput(f"{name} cannot be read over DLPack ({error}): give a plain array of the CPU") from error
 
 
 def like(result: np.ndarray, given: Any) -> Any:

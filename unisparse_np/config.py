@@ -95,7 +95,8 @@ def _share(name: str, value: object, one_allowed: bool) -> PerHead:
     if value is None:
         return None
     if isinstance(value, str) or (isinstance(value, Iterable) and getattr(value, "ndim", 1) > 1):
-        raise InvalidInput(f"{name}={value!r} is not a number: give one share, a flat sequence of shares (one per composite head), or None")
+        shown = " ".join(repr(value).split())
+        raise InvalidInput(f"{name}={shown} is not a number: give one share, a flat sequence of shares (one per composite head), or None")
     if isinstance(value, Iterable) and getattr(value, "ndim", 1) == 1:
         shares = tuple(_one_share(name, item, one_allowed) for item in value)
         if not shares:

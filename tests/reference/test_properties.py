@@ -99,9 +99,7 @@ def test_lowering_the_row_threshold_only_adds_blocks_and_what_it_drops_is_small(
     problem = make_problem(q, k, replace(config, row_threshold=thresholds[0]), keywords)
     qc, kc = reference.compress(q, k, problem)
     mean, peak = reference.score_blocks(qc, kc, problem)
-    high, low = (
-        reference.select_blocks(mean, peak, replace(problem, config=replace(config, row_threshold=tau))) for tau in thresholds
-    )
+    high, low = (reference.select_blocks(mean, peak, replace(problem, config=replace(config, row_threshold=tau))) for tau in thresholds)
     assert not (high & ~low).any()
     dropped = ~high[:: config.head_compress]  # [Hc, Nq, Nk]
     for i in range(problem.num_q_blocks):

@@ -13,7 +13,7 @@ import numpy as np
 from ..arrays import like, to_numpy
 from ..errors import InvalidInput
 from ..problem import Problem
-from . import attend, layers, select
+from . import attend, layers, run, select
 from .attend import dense_attention, find_anchors, sparse_attention
 from .compress import compress
 from .key_summary import RunningKeySummary
@@ -22,8 +22,8 @@ from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_numpy", "attend", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "layers", "name",
-    "run_dense", "run_sparse", "score_blocks", "select", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_numpy", "attend", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "layers",
+    "name", "run", "run_dense", "run_sparse", "score_blocks", "select", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "reference"
