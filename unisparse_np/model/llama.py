@@ -67,7 +67,8 @@ class Llama:
             token_ids: T ids; their keys and values are appended to the cache.
             chunk_size: tokens at a time; rounded up to a multiple of the block size, with a warning. The result does not
                 depend on it.
-            progress: called after each chunk with (tokens done, tokens in all, density so far).
+            progress: called after each chunk with (tokens done, tokens in all, mean density of the layers
+                so far).
 
         Returns:
             logits [vocab] float32 (float64 for a float64 model) of the last position.
@@ -82,7 +83,7 @@ class Llama:
         for start, stop in self._chunks(len(token_ids), configs, chunk_size):
             hidden = self._forward(token_ids[start:stop], cache, configs, count=True)
             if progress is not None:
-                progress(stop, len(token_ids), sum(cache.kept_blocks) / sum(cache.visible_blocks))
+                progress(stop, len(token_ids), sum(cache.densities()) / len(configs))
         return self._head(hidden[-1:])[0]
 
     def step(self, token_id: int, cache: KVCache, attention: Attention) -> np.ndarray:

@@ -1,0 +1,93 @@
+"""The cache: filled from the front without moving, each key pooled once."""
+
+import numpy as np
+import pytest
+
+from tests.llama_checkpoints import load_case
+from unisparse_np import InvalidInput, UniSparseConfig
+from unisparse_np.attention import load_backend
+from unisparse_np.model.config import ModelConfig
+from unisparse_np.model.kv_cache import KVCache
+
+CONFIG = UniSparseConfig(block_size=8, q_compress=2, k_compress=4, key_anchors=2)
+
+
+@pytest.fixture
+def cache():
+    config = ModelConfig.from_dict(load_case("llama_transformers5").config)
+    return KVCache(config, 40, load_backend("reference"), np.float64)
+
+
+def fill(cache: KVCache, keys: np.ndarray) -> None:
+    """Append keys [layers, Hkv, T, d] (values are their negatives) the way the model does."""
+    for layer, layer_keys in enumerate(keys):
+        k_room, v_room = cache.room(layer, keys.shape[2])
+        k_room[...], v_room[...] = layer_keys, -layer_keys
+    cache.advance(keys.shape[2])
+
+
+def test_tokens_are_appended_in_place(cache):
+    keys = np.random.default_rng(0).standard_normal((2, 2, 30, 16))
+    fill(cache, keys[:, :, :11])
+    early, _ = cache.upto(1, 11)
+    fill(cache, keys[:, :, 11:])
+    assert cache.length == 30
+    k, v = cache.upto(1, 30)
+    np.testing.assert_array_equal(k, keys[1])
+    np.testing.assert_array_equal(v, -keys[1])
+    assert np.shares_memory(early, k)
+
+
+def test_each_key_is_pooled_once_and_the_summary_is_that_of_all_keys(cache, monkeypatch):
+    keys = np.random.default_rng(1).standard_normal((2, 2, 30, 16))
+    backend = load_backend("reference")
+    pooled: list[int] = []
+    extend = backend.RunningKeySummary.extend
+    monkeypatch.setattr(backend.RunningKeySummary, "extend", lambda self, k: (pooled.append(k.shape[1]), extend(self, k))[1])
+    for start, stop in ((0, 8), (8, 9), (9, 30)):
+        fill(cache, keys[:, :, start:stop])
+        summary = cache.key_summary(0, stop, CONFIG)
+        assert cache.key_summary(0, stop, CONFIG).kc.shape == summary.kc.shape
+    assert pooled == [8, 1, 21]
+    fresh = backend.RunningKeySummary(CONFIG, 4, 2, 16, 30, np.float64)
+    fresh.extend(keys[0])
+    for mine, theirs in zip(summary, fresh.summary(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_summary_made_late_catches_up(cache):
+    keys = np.random.default_rng(2).standard_normal((2, 2, 20, 16))
+    fill(cache, keys)
+    assert cache.key_summary(0, 20, "dense") is None
+    summary = cache.key_summary(1, 20, CONFIG)
+    np.testing.assert_allclose(summary.kc[:, 0], keys[1][:, :4].mean(axis=1))
+
+
+def test_a_summary_that_ran_ahead_of_an_interrupted_call_is_made_anew(cache):
+    keys = np.random.default_rng(3).standard_normal((2, 2, 20, 16))
+    fill(cache, keys[:, :, :8])
+    k_room, _ = cache.room(0, 12)
+    k_room[...] = 99.0
+    cache.key_summary(0, 20, CONFIG)  # and then the call was interrupted: no advance
+    k_room[...] = keys[0][:, 8:]
+    np.testing.assert_allclose(cache.key_summary(0, 20, CONFIG).kc[:, 4], keys[0][:, 16:20].mean(axis=1))
+
+
+def test_configs_that_pool_alike_share_one_summary(cache):
+    fill(cache, np.ones((2, 2, 8, 16)))
+    first = cache.key_summary(0, 8, CONFIG)
+    other_rule = UniSparseConfig(block_size=8, q_compress=4, k_compress=4, key_anchors=2, top_p=0.5)
+    other_pool = UniSparseConfig(block_size=8, q_compress=2, k_compress=2, key_anchors=2)
+    assert np.shares_memory(first.kc, cache.key_summary(0, 8, other_rule).kc)
+    assert cache.key_summary(0, 8, other_pool).kc.shape[1] == 4
+
+
+def test_overflow_is_refused(cache):
+    with pytest.raises(InvalidInput, match="41 tokens do not fit this cache of 40"):
+        cache.require_room(41)
+
+
+def test_memory_that_cannot_be_had_is_a_sentence():
+    config = ModelConfig.from_dict(load_case("llama_transformers5").config)
+    with pytest.raises(InvalidInput, match="does not fit this machine's memory"):
+        KVCache(config, 1 << 45, load_backend("reference"), np.float32)
