@@ -10,8 +10,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PROMPTS = {  # file name -> task, length in tokens (its answer included), seed
     "needle-2k": ("niah_single_2", 2048, 1),
+    "question-4k": ("qa_1", 4096, 2),
+    "four-needles-4k": ("niah_multiquery", 4096, 1),
     "needle-8k": ("niah_multikey_1", 8160, 3),
-    "variables-4k": ("vt", 4096, 2),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import click
@@ -28,12 +29,22 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = _show_note  # put back by catch_warnings
+                return super().invoke(ctx)
         except UniSparseError as error:  # anything else is a bug and keeps its traceback
             click.echo(f"Error: {error}", err=True)
             raise click.exceptions.Exit(USAGE if isinstance(error, InvalidInput) else FAILURE) from error
         except KeyboardInterrupt:
             raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _show_note(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    """warnings.showwarning for users: one line on stderr, and no code."""
+    click.echo(f"Note: {message}" if issubclass(category, UserWarning) else f"{category.__name__}: {message}", err=True)
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

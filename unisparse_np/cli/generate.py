@@ -6,14 +6,19 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from .backend import choose_backend
 from .options import SectionedCommand, Size, attention_options, flag, in_section, output_options, resolve_attention, run_options, use_device
 from .progress import PrefillBar
 from .prompt import read_prompt
+
+if TYPE_CHECKING:
+    from ..model.generate import Piece
+    from ..model.statistics import Statistics
 
 _text_options = in_section(
     "Prompt and answer",
@@ -61,13 +66,14 @@ def generate(
     prompt_text = read_prompt(prompt, text)
     prefill_attention, later_attention = resolve_attention(model_dir, attention, decode_attention, attention_flags)
     use_device(device, backend)
+    backend = choose_backend(backend, quiet)
     from ..model.generate import stream_generate  # late, so that help and usage errors come at once
     from ..model.loading import load
 
     started = time.perf_counter()
     model, tokenizer = load(model_dir, backend=backend, dtype=dtype, max_context=max_context)
     load_seconds = time.perf_counter() - started
-    with PrefillBar(quiet or as_json) as bar:
+    with PrefillBar(quiet) as bar:
         answer = Answer(
             stream_generate(
                 model, tokenizer, prompt_text, attention=prefill_attention, decode_attention=later_attention, top_p=sampling_top_p,
@@ -86,10 +92,10 @@ def generate(
 class Answer:
     """What came out so far. Ctrl-C leaves it as far as it got, with finish_reason "interrupted"."""
 
-    def __init__(self, pieces: Iterator[Any], bar: PrefillBar) -> None:
+    def __init__(self, pieces: Iterator[Piece], bar: PrefillBar) -> None:
         self._pieces, self._bar = pieces, bar
         self.text, self.finish_reason = "", "interrupted"
-        self.statistics: Any = None
+        self.statistics: Statistics | None = None
 
     def stream(self, show: bool) -> None:
         """Take piece after piece and, if show, print each as it comes."""
@@ -112,16 +118,15 @@ class Answer:
     def report(self, load_seconds: float, as_json: bool, quiet: bool) -> None:
         """One JSON object on stdout, or the statistics on stderr."""
         if as_json:
-            statistics = None if self.statistics is None else asdict(self.statistics) | {"load_seconds": load_seconds}
+            statistics = None if self.statistics is None else asdict(replace(self.statistics, load_seconds=load_seconds))
             answer = {"text": self.text, "finish_reason": self.finish_reason, "statistics": statistics}
             click.echo(json.dumps(answer, ensure_ascii=False))
         elif self.statistics is not None and not quiet:
             click.echo(closing_lines(self.statistics, load_seconds), err=True)
 
 
-def closing_lines(statistics: Any, load_seconds: float) -> str:
+def closing_lines(s: Statistics, load_seconds: float) -> str:
     """What generate reports at the end, one line a subject."""
-    s = statistics
     return "\n".join(
         (
             f"prompt    {s.prompt_tokens:,} tokens in {s.prefill_seconds:.2f} s ({s.prefill_tokens_per_second:,.0f} tokens/s), "

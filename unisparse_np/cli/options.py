@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from ..attention import AttentionConfig
 from ..config import PRESETS, UniSparseConfig
 from ..errors import CheckpointError, InvalidInput
 
@@ -24,8 +25,6 @@ OFF = "off"
 CONFIG_FILE = "unisparse.json"
 _CONFIG_FIELDS = tuple(field.name for field in fields(UniSparseConfig))
 _SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2}
-
-Attention = UniSparseConfig | str  # a config, or "dense"
 
 
 class Size(click.ParamType):
@@ -143,7 +142,9 @@ def attention_options(command: Callable) -> Callable:
     return _ATTENTION_OPTIONS(wrapped)
 
 
-def resolve_attention(model_dir: str, attention: str, decode_attention: str, flags: dict[str, Any]) -> tuple[Attention, Attention]:
+def resolve_attention(
+    model_dir: str, attention: str, decode_attention: str, flags: dict[str, Any]
+) -> tuple[AttentionConfig, AttentionConfig]:
     """The attention of prefill and of decode, from the flags that were given.
 
     Raises:

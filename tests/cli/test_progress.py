@@ -1,0 +1,34 @@
+"""The prefill bar: on a terminal only, with tokens, speed, time left and density."""
+
+import io
+
+import pytest
+
+from unisparse_np.cli.progress import PrefillBar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def read_a_prompt(quiet: bool) -> None:
+    with PrefillBar(quiet) as bar:
+        for done in (1024, 2048, 2500):
+            bar(done, 2500, 0.25)
+
+
+def test_a_terminal_sees_tokens_speed_and_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    read_a_prompt(quiet=False)
+    shown = terminal.getvalue()
+    assert "Reading" in shown and "2500/2500" in shown and "tokens/s, density 0.25" in shown
+
+
+@pytest.mark.parametrize(("stream", "quiet"), [(io.StringIO, False), (Terminal, True)])
+def test_files_and_quiet_users_see_nothing(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], quiet: bool) -> None:
+    target = stream()
+    monkeypatch.setattr("sys.stderr", target)
+    read_a_prompt(quiet)
+    assert target.getvalue() == ""
