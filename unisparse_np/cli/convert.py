@@ -15,7 +15,7 @@ from .options import SectionedCommand, flag, in_section, output_options
 _convert_options = in_section(
     "Conversion",
     flag("--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
-         help="Type of the written weights. auto: bfloat16 from a bfloat16 file, else float16, which loses least of quantised values."),
+         help="Type of the written weights. auto: as in the file, and float16 where that is quantised, which loses least."),
     flag("--tokenizer", "tokenizer_file", metavar="FILE", help="Copy this tokenizer.json instead of rebuilding the one in the GGUF file."),
     flag("--force", is_flag=True, help="Replace DIR if an earlier convert wrote it."),
 )  # fmt: skip

@@ -50,9 +50,9 @@ def convert(
 ) -> Conversion:
     """Convert the GGUF file `gguf_path` into the new folder `folder`.
 
-    dtype: of the weights. "auto" is bfloat16 where the file holds bfloat16 matrices (exact), float16 otherwise: a
-    dequantised value is a float16 scale times a small integer, so float16's 11 significant bits keep 8 times more of it
-    than bfloat16's 8. "float32" loses nothing at twice the size.
+    dtype: of the weights. "auto" keeps the type of matrices that are not quantised and takes float16 for those that are:
+    a dequantised value is a float16 scale times a small integer, of which float16's 11 significant bits lose 7 times less
+    than bfloat16's 8 (Q4_1, root mean square). "float32" loses nothing at twice the size.
     tokenizer_file: a tokenizer.json to copy in place of the tokenizer in the file.
     force: replace a folder that an earlier conversion wrote.
     progress(bytes written, bytes in all) is called as the weights are written.
@@ -60,10 +60,13 @@ def convert(
     Raises InvalidInput for a path or dtype that cannot be, BackendUnavailable without the gguf package, CheckpointError
     for a broken or unsupported file, a full disk or a write that failed; then nothing is left behind.
     """
-    source, target = Path(gguf_path), Path(os.path.abspath(folder))
+    source, target = Path(gguf_path), Path(folder).resolve()
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is unknown; give auto, {', '.join(DTYPES)}.")
-    _check_paths(source, target, force)
+    try:
+        _check_paths(source, target, force)
+    except OSError as error:  # a name too long, a folder that may not be listed
+        raise InvalidInput(f"{error.filename} cannot be used ({error.strerror}); give another path.") from None
     reader = _open(source)
     metadata = Metadata(str(source), {name: field.contents() for name, field in reader.fields.items()})
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -102,6 +105,8 @@ def _check_paths(source: Path, target: Path, force: bool) -> None:
     if not source.is_file():
         raise InvalidInput(f"{source} is {'a directory' if source.is_dir() else 'not there'}; give the path of a .gguf file.")
     if not target.exists():
+        if not (above := _nearest_existing(target)).is_dir():
+            raise InvalidInput(f"{target} cannot be made, since {above} is a file; give the name of a new folder.")
         return
     if not target.is_dir():
         raise InvalidInput(f"{target} is a file; give the name of a new folder.")
@@ -126,7 +131,8 @@ def _open(source: Path) -> Any:
 
 
 def _best_dtype(tensors: dict[str, Any]) -> str:
-    return "bfloat16" if any(tensor.tensor_type.name == "BF16" for tensor in tensors.values()) else "float16"
+    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    return {frozenset({"BF16"}): "bfloat16", frozenset({"F32"}): "float32"}.get(frozenset(kinds), "float16")
 
 
 def _check_kinds(source: Path, tensors: dict[str, Any], table: dict[str, Any]) -> None:
@@ -150,8 +156,9 @@ def _complete_or_nothing(target: Path, force: bool, room: int) -> Iterator[Path]
     It lies beside `target`, or in the nearest folder above that exists, so that the last step is one rename.
     room: bytes that must be free before anything is written.
     """
-    above = next(parent for parent in target.parents if parent.is_dir())
+    above = _nearest_existing(target)
     staging = above / f".{target.name}.{os.getpid()}.partial"
+    replaced = staging.with_suffix(".replaced")
     try:
         if (free := shutil.disk_usage(above).free) < room:
             raise CheckpointError(f"{target} needs {_megabytes(room)} but {above} has {_megabytes(free)} free; free some space.")
@@ -159,15 +166,22 @@ def _complete_or_nothing(target: Path, force: bool, room: int) -> Iterator[Path]
         yield staging
         _sync(staging)
         if force and target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging, target)
+        staging.rename(target)
     except OSError as error:
         raise CheckpointError(
             f"Writing {target} failed ({error.strerror}), nothing was kept; free some space or choose another folder."
         ) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        for leftover in (staging, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
 
 
 def _sync(folder: Path) -> None:

@@ -22,6 +22,9 @@ WAY_OUT = "give the model's own tokenizer with --tokenizer tokenizer.json"
 # Words as GPT-4 and its followers cut them; they differ in how many digits stay together.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+# Characters that between them use every byte value of valid UTF-8.
+_EVERY_BYTE = "".join(map(chr, [*range(0x1000), *range(0x1000, 0x10000, 0x1000), *range(0x10000, 0x110000, 0x10000)]))
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -43,7 +46,7 @@ KINDS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
 }
-# Control tokens that end an answer in chat models; GGUF names only one of them as its eos token.
+# Control tokens that end an answer in chat models; GGUF names only some of them.
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
@@ -74,7 +77,7 @@ def convert_tokenizer(metadata: Metadata, vocab_size: int, tokenizer_file: Path 
         raise CheckpointError(
             f"{metadata.path} has {len(types)} token types for {len(tokens)} tokens; both must be equal, the file is damaged."
         )
-    special = {name: _special_token(metadata, name, tokens) for name in ("bos", "eos", "unknown", "padding")}
+    special = {name: _special_token(metadata, name, tokens) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     if special["eos"] is None:
         raise CheckpointError(f"{metadata.path} has no tokenizer.ggml.eos_token_id, so no answer would ever end; choose another model.")
     kind, adds_bos = _kind_and_bos(metadata, tokenizer_file)
@@ -163,17 +166,9 @@ def _of_type(wanted: int, tokens: list[str], types: list[int]) -> list[str]:
 
 
 def _lost_bytes(tokenizer: Tokenizer) -> int:
-    """Bytes of valid UTF-8 (0xC0, 0xC1 and 0xF5 on never occur) that encode to nothing."""
-    never = {*range(0xC0, 0xC2), *range(0xF5, 0x100)}
-    letters = bytes_to_letters()
-    return sum(tokenizer.token_to_id(letters[byte]) is None for byte in range(256) if byte not in never)
-
-
-def bytes_to_letters() -> list[str]:
-    """Byte-level BPE writes each byte as one visible character: itself where printable in Latin-1, else from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(0x100 + hidden.index(byte)) for byte in range(256)]
+    """How many of UTF-8's 243 byte values have no token. Byte-level BPE writes each as one letter."""
+    (letters, _), *_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(_EVERY_BYTE)
+    return sum(tokenizer.token_to_id(letter) is None for letter in set(letters))
 
 
 def _given_tokenizer(file: Path, metadata: Metadata, special: dict[str, tuple[int, str] | None], vocab_size: int) -> tuple[str, Tokenizer]:
@@ -218,7 +213,7 @@ def _tokenizer_config(metadata: Metadata, special: dict[str, tuple[int, str] | N
 
 def _generation_config(special: dict[str, tuple[int, str] | None], tokens: list[str], types: list[int]) -> dict[str, Any]:
     control = {token: index for index, token in enumerate(tokens) if types[index] == CONTROL}
-    ends = {special["eos"][0]} if special["eos"] else set()
+    ends = {token[0] for name in ("eos", "eot", "eom") if (token := special[name]) is not None}
     ends |= {control[token] for token in END_OF_TURN if token in control}
     config: dict[str, Any] = {"do_sample": False, "eos_token_id": sorted(ends)}
     for name, field in (("bos", "bos_token_id"), ("padding", "pad_token_id")):
