@@ -48,10 +48,8 @@ class Detokenizer:
         return text
 
     def _restart(self) -> None:
-        """A stream that has seen the context and the waiting tokens, and given out the context's text."""
-        self._stream = DecodeStream(skip_special_tokens=True)
-        for token_id in self._context + self._waiting:
-            self._stream.step(self._tokenizer, token_id)
+        """A stream that has given out the context and nothing after it."""
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=True)
 
     def _write_off(self) -> str:
         """Give out all but the last few waiting tokens, where the cut goes through no character."""
@@ -59,9 +57,9 @@ class Detokenizer:
         for cut in range(len(self._waiting) - _LONGEST_CHARACTER, len(self._waiting)):
             text = self._text_of(self._waiting[:cut])
             if text + self._text_of(self._waiting[cut:]) == whole:
-                self._waiting = self._waiting[cut:]
+                rest, self._waiting = self._waiting[cut:], []
                 self._restart()
-                return text
+                return text + "".join(self.push(token_id) for token_id in rest)
         return ""
 
     def _text_of(self, token_ids: list[int]) -> str:
