@@ -113,10 +113,10 @@ class Llama:
         """T ids after those in the cache -> their hidden states [T, hidden] before the last norm."""
         layers = self._layers
         x = layers.embedding(self.weights.embedding, token_ids, self._dtype)  # [T, hidden]
-        cos_sin = layers.rotary_tables(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self._dtype)
+        rotation = layers.rotary_table(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self._dtype)
         for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
             normed = layers.rms_norm(x, weights.input_norm, self.config.rms_norm_eps)
-            layers.add(x, self._attention(index, weights, normed, cos_sin, cache, config, count))
+            layers.add(x, self._attention(index, weights, normed, rotation, cache, config, count))
             normed = layers.rms_norm(x, weights.post_attention_norm, self.config.rms_norm_eps)
             gate_up = layers.linear(normed, weights.gate_up, weights.gate_up_bias)  # [T, 2 * intermediate]
             layers.add(x, layers.linear(layers.swiglu(gate_up), weights.down, weights.down_bias))
@@ -124,7 +124,7 @@ class Llama:
         return x
 
     def _attention(
-        self, index: int, weights: LayerWeights, x: Any, cos_sin: tuple[Any, Any], cache: KVCache, config: AttentionConfig, count: bool
+        self, index: int, weights: LayerWeights, x: Any, rotation: Any, cache: KVCache, config: AttentionConfig, count: bool
     ) -> Any:
         """One attention block: x [T, hidden], normed -> [T, hidden]."""
         layers, shape = self._layers, self.config
@@ -136,10 +136,10 @@ class Llama:
             q = layers.rms_norm(q, weights.q_norm, shape.rms_norm_eps)
             k = layers.rms_norm(k, weights.k_norm, shape.rms_norm_eps)
         k_room, v_room = cache.room(index, tokens)
-        layers.rotary(k, *cos_sin, out=k_room)
+        layers.rotary(k, rotation, out=k_room)
         v_room[...] = v.transpose(1, 0, 2)
         q_rotated = layers.xp.empty((shape.num_attention_heads, tokens, shape.head_dim), dtype=self._dtype)
-        layers.rotary(q, *cos_sin, out=q_rotated)
+        layers.rotary(q, rotation, out=q_rotated)
         keys, values = cache.upto(index, stop)
         summary = cache.key_summary(index, stop, config)
         out, trace = attend(q_rotated, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary)  # [Hq, T, d]

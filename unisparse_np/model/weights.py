@@ -76,7 +76,7 @@ def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "a
     where = _locate(folder)
     _check_names(where, slots, config)
     stored = _check_shapes(folder, where, slots)
-    held = layers.held_dtype(dtype, stored, sum(int(np.prod(slot.shape)) for slot in slots.values()))
+    held = layers.held_dtype(dtype, stored)
     try:
         fields = _allocate(slots, layers, held)
         for name, tensor in _read(folder, where, slots):
@@ -210,11 +210,14 @@ def _allocate(slots: dict[str, Slot], layers: Any, held: np.dtype) -> dict[tuple
 
 
 def _read(folder: Path, where: dict[str, str], slots: dict[str, Slot]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every expected tensor, one at a time, shard by shard."""
-    for shard in sorted({where[name] for name in slots}):
-        with _opened(folder / shard) as file:
-            for name in sorted(name for name in slots if where[name] == shard):
-                yield name, file.get_tensor(name)
+    """Every expected tensor, one at a time, shard by shard.
+
+    The file is opened for each: pages of an open mapping count as memory in use, and the whole file's would add up.
+    """
+    for name in sorted(slots, key=lambda name: (where[name], name)):
+        with _opened(folder / where[name]) as file:
+            tensor = file.get_tensor(name)
+        yield name, tensor
 
 
 def _convert(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

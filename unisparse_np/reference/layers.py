@@ -23,17 +23,23 @@ HELD_DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-ROWS_AT_ONCE = 32  # of an elementwise layer, so that all its passes stay in the second-level cache
+ROWS_AT_ONCE = 64  # of an elementwise layer, so that its passes stay in the second-level cache
 WIDEN_AT_ONCE = 1 << 22  # weights; 16 MB in float32
+WIDEN_FLOAT16_AT_ONCE = 1 << 17  # weights; all passes over them stay in the second-level cache
 SPLIT_FROM_ROWS = 128  # rows below which a second thread costs more than it saves
 
 
-def held_dtype(dtype: str, stored: str, num_weights: int) -> np.dtype:
-    """How weights are held for a dtype name; "auto" is float32.
+def held_dtype(dtype: str, stored: str) -> np.dtype:
+    """How weights are held for a dtype name, where the checkpoint's own is stored (F32, F16 or BF16).
 
-    stored is the checkpoint's own dtype (F32, F16, BF16), num_weights how many numbers it holds.
+    "auto" keeps BF16 and F32 as they are and holds F16 as float32. Measured on SmolLM2-135M, two cores: widening bfloat16
+    at each use costs nothing that shows (a decode step is bound by memory, and half the bytes are read), so half the
+    memory is free; widening float16 takes NumPy twice a decode step's own time, though only 4 % of a 1,024-token chunk.
+    The values are the same either way: widening is exact.
     """
-    return HELD_DTYPES["float32" if dtype == "auto" else dtype]
+    if dtype == "auto":
+        return HELD_DTYPES["bfloat16" if stored == "BF16" else "float32"]
+    return HELD_DTYPES[dtype]
 
 
 def compute_dtype(held: np.dtype) -> np.dtype:
@@ -57,10 +63,30 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
         out = np.empty((len(x), len(weight)), dtype=x.dtype)
         rows = max(1, WIDEN_AT_ONCE // weight.shape[1])
         for start in range(0, len(weight), rows):
-            np.matmul(x, weight[start : start + rows].astype(x.dtype).T, out=out[:, start : start + rows])
+            np.matmul(x, widen(weight[start : start + rows], x.dtype).T, out=out[:, start : start + rows])
     if bias is not None:
         out += bias
     return out
+
+
+def widen(weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A finite [out, in] weight in a wider dtype, exactly.
+
+    float16 to float32 goes over the bits, five times as fast as NumPy's own: exponent and fraction move 13 places, which
+    leaves the exponent 112 too small, and a product sets that right, subnormal numbers included.
+    """
+    if (weight.dtype, dtype) != (np.float16, np.float32):
+        return weight.astype(dtype)
+    wide = np.empty(weight.shape, dtype=np.float32)
+    rows = max(1, WIDEN_FLOAT16_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        values = wide[start : start + rows]
+        bits = values.view(np.int32)
+        bits[...] = weight[start : start + rows].view(np.int16)  # the sign fills the upper half
+        bits <<= 13
+        bits &= np.int32(-0x70002000)  # 0x8FFFE000: sign, five bits of exponent, ten of fraction
+        values *= np.float32(2.0**112)
+    return wide
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -71,27 +97,34 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return out
 
 
-def rotary_tables(inv_freq: np.ndarray, start: int, length: int, factor: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of position * inv_freq, times factor, for positions start .. start+length-1: two arrays [T, d/2].
+def rotary_table(inv_freq: np.ndarray, start: int, length: int, factor: float, dtype: np.dtype) -> np.ndarray:
+    """factor * exp(i * position * inv_freq) for positions start .. start+length-1: [T, d/2] complex.
 
     The angle is rounded to float32 in every precision, as transformers does: models were trained with those angles.
     """
     positions = np.arange(start, start + length, dtype=np.float32)
     angles = (positions[:, None] * inv_freq).astype(dtype, copy=False)  # [T, d/2]
-    return np.cos(angles) * dtype.type(factor), np.sin(angles) * dtype.type(factor)
+    table: np.ndarray = np.empty(angles.shape, dtype=np.result_type(dtype, np.complex64))
+    table.real, table.imag = np.cos(angles), np.sin(angles)
+    table *= dtype.type(factor)
+    return table
 
 
-def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
-    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the two halves of a head, written head by head.
+def rotary(x: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """(a + ib) * table, with a and b the two halves of a head: (a cos - b sin) + i (b cos + a sin), written head by head.
 
-    x [T, H, d], cos and sin [T, d/2] -> out [H, T, d].
+    x [T, H, d], table [T, d/2] as `rotary_table` makes it -> out [H, T, d].
     """
     half = x.shape[-1] // 2
-    a, b = (part.transpose(1, 0, 2) for part in (x[..., :half], x[..., half:]))  # [H, T, d/2]
-    np.multiply(a, cos, out=out[..., :half])
-    out[..., :half] -= b * sin
-    np.multiply(b, cos, out=out[..., half:])
-    out[..., half:] += a * sin
+
+    def some_rows(start: int, stop: int) -> None:
+        pairs: np.ndarray = np.empty((x.shape[1], stop - start, half), dtype=table.dtype)  # [H, rows, d/2]
+        heads = x[start:stop].transpose(1, 0, 2)
+        pairs.real, pairs.imag = heads[..., :half], heads[..., half:]
+        pairs *= table[start:stop]
+        out[:, start:stop, :half], out[:, start:stop, half:] = pairs.real, pairs.imag
+
+    _by_rows(some_rows, len(x))
 
 
 def swiglu(gate_up: np.ndarray) -> np.ndarray:
@@ -102,13 +135,12 @@ def swiglu(gate_up: np.ndarray) -> np.ndarray:
     def some_rows(start: int, stop: int) -> None:
         gate, up, result = gate_up[start:stop, :width], gate_up[start:stop, width:], out[start:stop]
         np.negative(gate, out=result)
-        np.exp(result, out=result)
+        np.exp(result, out=result)  # inf for a gate below -88 gives the right 0
         result += 1
         np.divide(gate, result, out=result)
         result *= up
 
-    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right 0
-        _by_rows(some_rows, len(gate_up))
+    _by_rows(some_rows, len(gate_up))
     return out
 
 
@@ -126,7 +158,7 @@ def _by_rows(work: Callable[[int, int], None], rows: int) -> None:
     """Call work(start, stop) for runs of ROWS_AT_ONCE rows, in threads where there are rows enough."""
 
     def share(bounds: tuple[int, int]) -> None:
-        with np.errstate(over="ignore"):  # NumPy keeps this setting per thread
+        with np.errstate(over="ignore"):  # set here because NumPy keeps it per thread
             for start in range(*bounds, ROWS_AT_ONCE):
                 work(start, min(bounds[1], start + ROWS_AT_ONCE))
 
