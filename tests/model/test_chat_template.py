@@ -51,7 +51,7 @@ DEFAULT_SYSTEM = """{%- if messages[0]['role'] == 'system' %}
     {{- '<im>system\\nYou are a helpful assistant.</im>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tools) %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or message.role == "assistant" %}
         {{- '<im>' + message.role + '\\n' + message.content + '</im>' + '\\n' }}
     {%- endif %}
 {%- endfor %}

@@ -94,6 +94,13 @@ def test_any_eos_id_ends(tokenizer, ending):
     assert (pieces[-1].finish_reason, pieces[-1].token_id) == ("eos", ending)
 
 
+def test_an_eos_that_is_an_ordinary_token_is_not_printed_either(tokenizer, tmp_path):
+    the, cat = (tokenizer.encode(word, add_bos=False)[0] for word in ("the", " c"))
+    other = Tokenizer.from_folder(write_folder(tmp_path, {}, None, {"eos_token_id": cat}))
+    pieces = _run(other, [the, cat, the])
+    assert (_text(pieces), pieces[-1].finish_reason) == (other.decode([the]), "eos")
+
+
 def test_a_special_token_that_is_no_eos_is_left_out(tokenizer):
     the = tokenizer.encode("the", add_bos=False)
     assert _text(_run(tokenizer, [*the, PAD, *the])) == "thethe"

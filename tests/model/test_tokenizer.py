@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from tests.model.small_tokenizer import BOS, EOS, PAD, SPECIAL, TEXT, TURN, byte_fallback_tokenizer, byte_level_tokenizer, write_folder
 from unisparse_np import CheckpointError, InvalidInput
@@ -223,6 +225,16 @@ def test_every_split_of_multi_byte_text(text):
     for ids in (tokenizer.encode(text, add_special_tokens=False).ids, _byte_ids(tokenizer, text)):
         for cut in range(len(ids) + 1):  # an answer may end anywhere: what is unfinished comes out as U+FFFD
             assert "".join(_streamed(tokenizer, ids[:cut])) == tokenizer.decode(ids[:cut])
+
+
+def test_tokens_that_all_end_inside_a_character():
+    first, second, third = (_byte_letters()[byte] for byte in "你".encode())
+    names = [first, second, third, first + second, third + first + second]
+    vocab = {name: token_id for token_id, name in enumerate(names)}
+    merges = [(first, second), (third, first + second)]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    assert "".join(_streamed(tokenizer, [3, *[4] * 60, 2])) == "你" * 61
 
 
 @settings(max_examples=60, deadline=None)
