@@ -61,6 +61,8 @@ def unisparse_attention(
     batched = len(q.shape) == 4
     if batched and key_summary is not None:
         raise InvalidInput("key_summary goes with one item, but q, k, v have a batch axis: call once an item")
+    if key_summary is not None:
+        _check_key_summary(key_summary, problem)
     engine = load_backend(_backend_of(q) if backend == "auto" else backend)
     q_in, k_in, v_in = (engine.from_any(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     items = list(zip(q_in, k_in, v_in, strict=True)) if batched else [(q_in, k_in, v_in)]
@@ -163,6 +165,19 @@ def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q
         q_offset=q_offset,
         scale=scale,
     )
+
+
+def _check_key_summary(key_summary: KeySummary, problem: Problem) -> None:
+    expected = {
+        "kc": (problem.num_composite_kv_heads, problem.num_k_composites, problem.head_dim),
+        "anchors": (problem.num_kv_heads, problem.num_k_blocks, problem.config.key_anchors),
+    }
+    for name, shape in expected.items():
+        given = tuple(getattr(key_summary, name).shape)
+        if given != shape:
+            raise InvalidInput(
+                f"key_summary.{name} has shape {given}, but these keys and this config make it {shape}: summarise the same k"
+            )
 
 
 def _backend_of(x: Any) -> str:

@@ -23,23 +23,13 @@ def main() -> int:
 
     flags = ["--model", str(HERE), "--prompt", str(prompt_file), "--raw", "--stop", "."]
     print(f"$ unisparse-np generate {' '.join(flags)}", flush=True)
-    answer, code = run([sys.executable, "-m", "unisparse_np", "generate", *flags])
-    if code:
-        return code
-    right = all(reference.lower() in answer.lower() for reference in expected["answers"])
-    print(f"\nExpected: {', '.join(expected['answers'])}. The answer is {'right' if right else 'WRONG'}.")
+    command = [sys.executable, "-m", "unisparse_np", "generate", *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # progress and statistics go to the terminal
+    if done.returncode:
+        return done.returncode
+    right = all(reference.lower() in done.stdout.lower() for reference in expected["answers"])
+    print(f"\nAnswer: {done.stdout.strip()}. Expected: {', '.join(expected['answers'])}. {'RIGHT' if right else 'WRONG'}")
     return 0 if right else 1
-
-
-def run(command: list[str]) -> tuple[str, int]:
-    """Run a command, show its output as it comes, and return the output and the exit code."""
-    output = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while piece := process.stdout.read(1):
-            print(piece, end="", flush=True)
-            output += piece
-    return output, process.returncode
 
 
 if __name__ == "__main__":
