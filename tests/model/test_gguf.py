@@ -285,6 +285,8 @@ BROKEN = {
     "no context length": (spoil(llama__context_length=None), ["has no llama.context_length"]),
     "no eps": (spoil(llama__attention__layer_norm_rms_epsilon=None), ["has no llama.attention.layer_norm_rms_epsilon"]),
     "eps is text": (spoil(llama__attention__layer_norm_rms_epsilon="small"), ["'small'", "of type float"]),
+    "eps is 0": (spoil(llama__attention__layer_norm_rms_epsilon=0.0), ["epsilon is 0.0", "above 0"]),
+    "theta is NaN": (spoil(llama__rope__freq_base=float("nan")), ["freq_base is nan", "above 0"]),
     "layers differ": (spoil(llama__feed_forward_length=[96, 128]), ["differs between layers ([96, 128])"]),
     "heads do not divide": (spoil(llama__attention__head_count_kv=3), ["4 query heads do not divide among 3 key heads"]),
     "no head_dim": (

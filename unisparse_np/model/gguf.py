@@ -67,9 +67,7 @@ def convert(
         _check_paths(source, target, force)
     except OSError as error:  # a name too long, a folder that may not be listed
         raise InvalidInput(f"{error.filename} cannot be used ({error.strerror}); give another path.") from None
-    reader = _open(source)
-    metadata = Metadata(str(source), {name: field.contents() for name, field in reader.fields.items()})
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, tensors = _read(source)
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     dtype = _best_dtype(tensors) if dtype == "auto" else dtype
 
@@ -116,18 +114,21 @@ def _check_paths(source: Path, target: Path, force: bool) -> None:
         raise InvalidInput(f"{target} also holds {others[0]}, which convert did not write and --force would delete; move it away first.")
 
 
-def _open(source: Path) -> Any:
+def _read(source: Path) -> tuple[Metadata, dict[str, Any]]:
+    """The metadata, and the gguf package's ReaderTensor by name (mapped, not read)."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise BackendUnavailable("Reading GGUF needs the package gguf, which is not installed: pip install 'unisparse-np[gguf]'") from None
     try:
-        return GGUFReader(source)
+        reader = GGUFReader(source)
+        values = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:  # what its parsing of damaged bytes raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{source} is not a complete GGUF file ({reason}); download it again.") from None
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read ({error.strerror}); check the path and its permissions.") from None
+    return Metadata(str(source), values), {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _best_dtype(tensors: dict[str, Any]) -> str:

@@ -81,6 +81,16 @@ class Metadata:
             raise CheckpointError(f"{self.path}: {full} is {_shorten(value)}, but must be a whole number of at least 1.")
         return value
 
+    def positive_number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0, required unless there is a default; the shortest decimal that is this float32.
+
+        GGUF keeps 1e-5 as float32, 9.99999975e-06, which is not what was meant.
+        """
+        value = self.require(key, float) if default is None else self.get(key, float, default)
+        if not 0.0 < value < math.inf:
+            raise CheckpointError(f"{self.path}: {key.format(arch=self.architecture)} is {value}, but must be a number above 0.")
+        return _rounded(value)
+
     def refuse(self, finding: str, rule: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {finding}, but {rule}; choose another model.")
 
@@ -125,7 +135,7 @@ def hf_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], rope_fr
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{metadata.path} has no tensor token_embd.weight, so it holds no language model; use a complete model file.")
 
-    theta = metadata.get("{arch}.rope.freq_base", float, 10000.0)
+    theta = metadata.positive_number("{arch}.rope.freq_base", default=10000.0)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -138,8 +148,8 @@ def hf_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], rope_fr
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": metadata.positive("{arch}.context_length"),
-        "rms_norm_eps": _rounded(metadata.require("{arch}.attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": _rounded(theta),
+        "rms_norm_eps": metadata.positive_number("{arch}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": theta,
         "rope_scaling": _rope_scaling(metadata, rope_freqs, theta, head_dim),
         "tie_word_embeddings": "output.weight" not in shapes,
         "torch_dtype": dtype,
@@ -163,7 +173,6 @@ def _even_share(metadata: Metadata, hidden_size: int, num_heads: int) -> int:
 
 
 def _rounded(value: float) -> float:
-    """GGUF keeps 1e-5 as float32, 9.99999975e-06; the shortest decimal of that float32 is what was meant."""
     return float(str(np.float32(value)))
 
 
@@ -180,7 +189,7 @@ def _rope_scaling(metadata: Metadata, rope_freqs: np.ndarray | None, theta: floa
         return _llama3_scaling(metadata, rope_freqs, theta, head_dim, original or LLAMA3_ORIGINAL_CONTEXT)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    if not factor >= 1.0:
+    if not 1.0 <= factor < math.inf:
         metadata.refuse(f"its rope scaling factor is {factor:g}", "it must be at least 1")
     if kind == "linear":
         return {"rope_type": "linear", "factor": _rounded(factor)}

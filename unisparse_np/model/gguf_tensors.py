@@ -111,7 +111,8 @@ def dequantised_pieces(tensor: Any, target: Target) -> Iterator[np.ndarray]:
     for start in range(0, target.shape[0], step):
         # A quantised vector has no rows to cut, and vectors are small.
         data = tensor.data if len(target.shape) == 1 else tensor.data[start : start + step]
-        piece = dequantize(data, tensor.tensor_type)
+        with np.errstate(invalid="ignore", over="ignore"):  # damaged scales; narrow() reports them
+            piece = dequantize(data, tensor.tensor_type)
         yield piece if target.interleaved_heads is None else restore_row_order(piece, target.interleaved_heads)
         if len(target.shape) == 1:
             return
