@@ -261,7 +261,8 @@ def test_nan_logits_are_an_error(tokenizer):
 def test_the_answer_is_cut_where_the_context_ends(tokenizer):
     model = ScriptedModel(itertools.repeat(9))
     model.max_context = 10
-    pieces = list(stream_generate(model, tokenizer, [5] * 8, max_tokens=50))
+    with pytest.warns(UserWarning, match="context of 10 tokens leaves room for 3 of the 50"):
+        pieces = list(stream_generate(model, tokenizer, [5] * 8, max_tokens=50))
     assert len(pieces) == 3  # positions 8 and 9 are read, the token after them is not
     assert pieces[-1].finish_reason == "length"
     assert len(model.read) == model.capacity == 10

@@ -20,7 +20,7 @@ def _by_definition(logits, temperature, top_k, top_p, min_p):
     """The order of sampling.py's docstring with plain Python numbers: {token id: probability}."""
     highest = max(logits)
     weights = {token_id: math.exp((logit - highest) / temperature) for token_id, logit in enumerate(logits)}
-    ranked = sorted(weights, key=lambda token_id: (-weights[token_id], token_id))
+    ranked = sorted((t for t in weights if weights[t] > 0), key=lambda token_id: (-weights[token_id], token_id))
     if top_k:
         ranked = ranked[:top_k]
     if top_p < 1:
@@ -48,8 +48,15 @@ def test_distribution_is_the_definition(values, temperature, top_k, top_p, min_p
     sampler = Sampler(temperature, top_k, top_p, min_p)
     token_ids, probabilities = sampler.distribution(np.array(values, dtype=np.float32))
     expected = _by_definition(values, temperature, top_k, top_p, min_p)
-    assert token_ids.tolist() == list(expected)
-    np.testing.assert_allclose(probabilities, list(expected.values()), rtol=1e-12)
+    assert sorted(token_ids.tolist()) == sorted(expected)
+    np.testing.assert_allclose(probabilities, [expected[token_id] for token_id in token_ids.tolist()], rtol=1e-12)
+
+
+def test_a_large_vocabulary_is_trimmed_by_the_definition():
+    logits = (4 * np.random.default_rng(5).standard_normal(3000)).astype(np.float32)
+    for top_p in (0.05, 0.5, 0.9, 0.9999):
+        token_ids, _ = Sampler(temperature=0.9, top_p=top_p).distribution(logits)
+        assert token_ids.tolist() == list(_by_definition(logits.tolist(), 0.9, 0, top_p, 0.0))
 
 
 @settings(max_examples=100, deadline=None)

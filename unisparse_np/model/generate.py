@@ -85,7 +85,7 @@ def stream_generate(
     prompt_ids = _prompt_ids(model, tokenizer, prompt, system, raw)
     max_tokens = _tokens_that_fit(model, len(prompt_ids), max_tokens)
     model.new_cache(1, decode_attention)  # has decode_attention checked before the prefill
-    cache = model.new_cache(len(prompt_ids) + max_tokens - 1, attention)  # the last token is not read again
+    cache = model.new_cache(len(prompt_ids) + max_tokens - 1, attention)
 
     def prefill() -> np.ndarray:
         return model.prefill(prompt_ids, cache, attention, chunk_size=chunk_size, progress=progress)
@@ -190,4 +190,10 @@ def _tokens_that_fit(model: Llama, prompt_tokens: int, max_tokens: int) -> int:
             f"the prompt has {prompt_tokens} tokens, more than the {limit} this model may use: shorten it, "
             "or raise the limit with --max-context (max_context= in load)"
         )
-    return min(int(max_tokens), limit - prompt_tokens + 1)
+    fitting = limit - prompt_tokens + 1  # the last token is not read again
+    if fitting < max_tokens:
+        warnings.warn(
+            f"the context of {limit} tokens leaves room for {fitting} of the {max_tokens} tokens to generate (raise it with --max-context)",
+            stacklevel=3,
+        )
+    return min(int(max_tokens), fitting)

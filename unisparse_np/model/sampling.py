@@ -76,17 +76,18 @@ class Sampler:
         return int(token_ids[min(int(drawn), len(token_ids) - 1)])
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Steps 2 to 5: (token ids [n], their probabilities [n] float64), most probable first, for a temperature above 0."""
-        with np.errstate(over="ignore"):  # a tiny temperature may take a loser to -inf: its probability is 0
-            scaled = (logits.astype(np.float64) - float(logits.max())) / self.temperature  # [vocab], largest is 0
-        token_ids = _descending(scaled, self.top_k)
-        probabilities = _normalized(np.exp(scaled[token_ids]))
+        """Steps 2 to 5, for a temperature above 0: (ids [n] of the tokens that can be drawn, their probabilities [n] float64)."""
+        with np.errstate(over="ignore"):  # a tiny temperature may take a loser to -inf: its weight is 0
+            weights = np.exp((logits.astype(np.float64) - float(logits.max())) / self.temperature)  # [vocab], the largest is 1
+        token_ids = np.flatnonzero(weights)  # -inf is never drawn
+        if 0 < self.top_k < len(token_ids):
+            token_ids = keep_top_k(weights, token_ids, self.top_k)
         if self.top_p < 1.0:
-            mass_before = np.concatenate([[0.0], np.cumsum(probabilities)[:-1]])
-            probabilities = _normalized(probabilities[mass_before < self.top_p])  # a prefix: mass_before ascends
+            token_ids = keep_top_p(weights, token_ids, self.top_p)
         if self.min_p > 0.0:
-            probabilities = _normalized(probabilities[probabilities >= self.min_p * probabilities[0]])  # a prefix as well
-        return token_ids[: len(probabilities)], probabilities
+            token_ids = keep_min_p(weights, token_ids, self.min_p)
+        kept = weights[token_ids]
+        return token_ids, kept / kept.sum()
 
 
 def penalize_repetition(logits: np.ndarray, previous_ids: Sequence[int] | np.ndarray, penalty: float) -> np.ndarray:
@@ -101,17 +102,38 @@ def penalize_repetition(logits: np.ndarray, previous_ids: Sequence[int] | np.nda
     return logits
 
 
-def _descending(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """Ids of the top_k (0: all) largest scores, largest first, ties by ascending id."""
-    if not 0 < top_k < len(scores):
-        return np.argsort(-scores, kind="stable")
-    kth_largest = np.partition(scores, -top_k)[-top_k]
-    candidates = np.flatnonzero(scores >= kth_largest)  # k and the ties of the last one, ascending ids
-    return candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
+def keep_top_k(weights: np.ndarray, token_ids: np.ndarray, top_k: int) -> np.ndarray:
+    """Step 3: the ids of the top_k largest weights, largest first.
+
+    weights [vocab]: probabilities up to a common factor. token_ids [n]: what is left so far, top_k <= n; smaller ids first among
+    equal weights.
+    """
+    kept = weights[token_ids]
+    kth_largest = np.partition(kept, -top_k)[-top_k]
+    return _descending(weights, token_ids[kept >= kth_largest])[:top_k]  # k of them and the ties of the last
 
 
-def _normalized(weights: np.ndarray) -> np.ndarray:
-    return weights / weights.sum()
+def keep_top_p(weights: np.ndarray, token_ids: np.ndarray, top_p: float) -> np.ndarray:
+    """Step 4: the ids of the fewest largest weights that reach top_p of the sum over token_ids, largest first (Holtzman et al. 2020)."""
+    kept = weights[token_ids]
+    mass = kept.sum()
+    # All weights below the floor together are less than half of the mass that may go, so none of them is needed: they
+    # are not worth sorting.
+    floor = (1.0 - top_p) / 2 * mass / len(kept)
+    token_ids = _descending(weights, token_ids[kept >= floor])
+    mass_before = np.concatenate([[0.0], np.cumsum(weights[token_ids])[:-1]])
+    return token_ids[mass_before < top_p * mass]
+
+
+def keep_min_p(weights: np.ndarray, token_ids: np.ndarray, min_p: float) -> np.ndarray:
+    """Step 5: the ids of weights of at least min_p times the largest."""
+    kept = weights[token_ids]
+    return token_ids[kept >= min_p * kept.max()]
+
+
+def _descending(weights: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """token_ids by falling weight; equal weights keep their order."""
+    return token_ids[np.argsort(-weights[token_ids], kind="stable")]
 
 
 def _not_finite(logits: np.ndarray) -> str:
