@@ -92,6 +92,13 @@ def test_reordered_rows_turn_neighbouring_pairs_into_halves():
     np.testing.assert_array_equal(q, restored_q[interleaved_order(1, head_dim)])
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 12])
+def test_the_weights_begin_at_a_multiple_of_eight(tmp_path, layers):
+    """So that a loader can map them as they are, whatever the length of the header."""
+    content = (convert(tmp_path, TinyModel(layers=layers)) / "model.safetensors").read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+
+
 def test_pieces_smaller_than_a_tensor_give_the_same_file(tmp_path, monkeypatch):
     whole = convert(tmp_path, TinyModel(kind="Q8_0"))
     monkeypatch.setattr(gguf_tensors, "PIECE_ELEMENTS", 100)  # fewer than two rows
@@ -414,6 +421,23 @@ def test_a_failure_keeps_the_folder_that_was_to_be_replaced(tmp_path):
     in_place("output.weight", np.nan)(broken)
     with pytest.raises(CheckpointError):
         convert(tmp_path, broken, force=True)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+
+
+def test_a_last_step_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    folder = convert(tmp_path, TinyModel())
+    before = (folder / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def refuse_the_new_folder(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_folder)
+    with pytest.raises(CheckpointError, match=r"failed \(Permission denied\), nothing was kept"):
+        convert(tmp_path, TinyModel(kind="Q8_0"), force=True)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
 
