@@ -93,11 +93,16 @@ class Llama:
         self._begin(cache, 1)
         return self._head(self._forward([token_id], cache, configs, count=False))[0]
 
-    def logits(self, token_ids: Sequence[int], attention: Attention = "dense", chunk_size: int | None = None) -> np.ndarray:
-        """Logits of every position: T ids -> [T, vocab] float32 (float64 for a float64 model)."""
+    def logits(
+        self, token_ids: Sequence[int], attention: Attention = "dense", *, chunk_size: int | None = None, cache: KVCache | None = None
+    ) -> np.ndarray:
+        """Logits of every position: T ids -> [T, vocab] float32 (float64 for a float64 model).
+
+        With a cache the tokens follow what it holds, and are counted in its densities.
+        """
         configs = self._attention_per_layer(attention)
         self._check_tokens(token_ids)
-        cache = self.new_cache(len(token_ids), attention)
+        cache = self.new_cache(len(token_ids), attention) if cache is None else cache
         self._begin(cache, len(token_ids))
         out = np.empty((len(token_ids), self.config.vocab_size), dtype=np.float64 if self._dtype == np.float64 else np.float32)
         for start, stop in self._chunks(len(token_ids), configs, chunk_size):

@@ -1,0 +1,129 @@
+"""Does sparse prefill lose needles? needle-llama on its own tasks, dense against the three presets.
+
+    python benchmarks/needle_accuracy.py --lengths 2048 4096 8192 --questions 210
+
+Every question is answered greedily with dense decode; a score is RULER's (all references, or any one). Answers are appended
+to benchmarks/results/needle_accuracy.jsonl as they come, so a run that was stopped goes on where it was; the summary, with 95%
+intervals, goes to needle_accuracy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from collections import defaultdict
+from typing import Any
+
+from common import NEEDLE_LLAMA, RESULTS, stamp, write_result
+
+from unisparse_np import UniSparseConfig
+from unisparse_np.model.generate import stream_generate
+from unisparse_np.model.loading import load
+
+CONFIGS = {"dense": "dense", "default": UniSparseConfig(), "paper": UniSparseConfig.paper(), "precise": UniSparseConfig.precise()}
+ANSWERS = RESULTS / "needle_accuracy.jsonl"
+SEED = 2026
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--questions", type=int, default=210, help="per length, spread over the tasks")
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    options = parser.parse_args()
+    done = read_answers()
+    model, tokenizer = load(str(NEEDLE_LLAMA), backend="reference")
+    tasks = load_tasks()
+    for length in options.lengths:
+        for n, (task, example) in enumerate(examples(tasks, tokenizer, length, options.questions)):
+            for name in options.configs:
+                if (length, n, name) not in done:
+                    answer = ask(model, tokenizer, CONFIGS[name], *example, tasks.score)
+                    record = {"length": length, "question": n, "task": task, "config": name, **answer}
+                    done[length, n, name] = record
+                    with ANSWERS.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+            print(f"{length}: {n + 1} of {options.questions} questions", end="\r", flush=True)
+        print()
+    records = [r for r in done.values() if r["length"] in options.lengths and r["question"] < options.questions]
+    summary = summarise(records)
+    path = write_result(
+        "needle_accuracy", {"stamp": stamp("tokenizers"), "seed": SEED, "model": "examples/needle-llama", "decode": "dense", **summary}
+    )
+    for row in summary["rows"]:
+        kept = f"{row['accuracy']:.3f} ± {row['interval_95']:.3f}, {row['share_of_dense']:.3f} of dense"
+        print(f"{row['length']:6d} {row['config']:8s} {kept}, density {row['density']:.3f}")
+    print(path)
+
+
+def load_tasks() -> Any:
+    """examples/needle-llama/tasks.py as a module."""
+    spec = importlib.util.spec_from_file_location("tasks", NEEDLE_LLAMA / "tasks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def examples(tasks: Any, tokenizer: Any, length: int, questions: int) -> Any:
+    """(task, example) pairs: every task in turn, from one seed, the same for every config and run."""
+    from tokenizers import Tokenizer
+
+    raw = Tokenizer.from_file(str(NEEDLE_LLAMA / "tokenizer.json"))
+    generator = tasks.Gen(tasks.Pieces(raw, [tasks.NOISE * 3], [tasks.NOISE * 3], n_story=3000), "eval", SEED + length)
+    for n in range(questions):
+        task = tasks.TASKS[n % len(tasks.TASKS)]
+        yield task, generator.eval_example(task, length)
+
+
+def ask(
+    model: Any, tokenizer: Any, config: Any, token_ids: Any, references: list[str], any_one: bool, room: int, score: Any
+) -> dict[str, Any]:
+    """One question -> its score and density."""
+    pieces = list(stream_generate(model, tokenizer, [int(t) for t in token_ids], attention=config, max_tokens=room))
+    text, statistics = "".join(piece.text for piece in pieces), pieces[-1].statistics
+    assert statistics is not None
+    return {"score": score(text, references, any_one), "density": statistics.density_mean}
+
+
+def read_answers() -> dict[tuple[int, int, str], dict[str, Any]]:
+    """What an earlier run left."""
+    if not ANSWERS.exists():
+        return {}
+    records = [json.loads(line) for line in ANSWERS.read_text().splitlines()]
+    return {(r["length"], r["question"], r["config"]): r for r in records}
+
+
+def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy, its 95% interval, share of dense accuracy, density: a row per length and config, and per task."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    by_task: dict[tuple[int, str, str], list[float]] = defaultdict(list)
+    for r in records:
+        groups[r["length"], r["config"]].append(r)
+        by_task[r["length"], r["task"], r["config"]].append(r["score"])
+    rows = []
+    for (length, name), group in sorted(groups.items(), key=lambda item: (item[0][0], list(CONFIGS).index(item[0][1]))):
+        mean = average(r["score"] for r in group)
+        dense = average(r["score"] for r in groups[length, "dense"])
+        variance = average((r["score"] - mean) ** 2 for r in group)
+        rows.append({
+            "length": length, "config": name, "questions": len(group), "accuracy": mean,
+            "interval_95": 1.96 * math.sqrt(variance / len(group)), "share_of_dense": mean / dense,
+            "density": average(r["density"] for r in group),
+        })  # fmt: skip
+    tasks = [
+        {"length": length, "task": task, "config": name, "accuracy": average(scores), "questions": len(scores)}
+        for (length, task, name), scores in sorted(by_task.items())
+    ]
+    return {"rows": rows, "tasks": tasks}
+
+
+def average(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
