@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
+
+from unisparse_np.model import gguf as converter
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "12 3", "4 5", "Ġ Ġ"]
@@ -98,8 +101,8 @@ class TinyModel:
             layout.append(("output.weight", "lm_head.weight", (len(TOKENS), self.hidden), 0))
         return layout
 
-    def write(self, path: Path) -> Path:
-        writer = gguf.GGUFWriter(path, self.architecture)
+    def write(self, path: Path, byte_order: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> Path:
+        writer = gguf.GGUFWriter(path, self.architecture, endianess=byte_order)
         for key, value in self.values.items():
             _adder(writer, value)(key, value)
         for name, weights in self.tensors.items():
@@ -112,6 +115,16 @@ class TinyModel:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+def convert(tmp_path: Path, model: TinyModel, **options: Any) -> Path:
+    """Write `model` to tmp_path/tiny.gguf, convert it and return the folder, tmp_path/out."""
+    converter.convert(model.write(tmp_path / "tiny.gguf"), tmp_path / "out", **options)
+    return tmp_path / "out"
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
 
 
 def interleaved_order(num_heads: int, head_dim: int) -> list[int]:

@@ -60,13 +60,10 @@ def convert(
     Raises InvalidInput for a path or dtype that cannot be, BackendUnavailable without the gguf package, CheckpointError
     for a broken or unsupported file, a full disk or a write that failed; then nothing is left behind.
     """
-    source, target = Path(gguf_path), Path(folder).resolve()
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidInput(f"dtype {dtype!r} is unknown; give auto, {', '.join(DTYPES)}.")
-    try:
-        _check_paths(source, target, force)
-    except OSError as error:  # a name too long, a folder that may not be listed
-        raise InvalidInput(f"{error.filename} cannot be used ({error.strerror}); give another path.") from None
+    source = Path(gguf_path)
+    target = _new_folder(source, Path(folder), force)
     metadata, tensors = _read(source)
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     dtype = _best_dtype(tensors) if dtype == "auto" else dtype
@@ -99,6 +96,18 @@ def convert(
     )
 
 
+def _new_folder(source: Path, folder: Path, force: bool) -> Path:
+    """The absolute path of `folder`, after checking that it can be written and `source` be read."""
+    try:
+        target = folder.resolve()
+        _check_paths(source, target, force)
+    except OSError as error:  # a name too long, a folder that may not be listed
+        raise InvalidInput(f"{error.filename or folder} cannot be used ({error.strerror}); give another path.") from None
+    except RuntimeError:  # what resolve() raises before Python 3.13
+        raise InvalidInput(f"{folder} cannot be used (a symbolic link that leads to itself); give another path.") from None
+    return target
+
+
 def _check_paths(source: Path, target: Path, force: bool) -> None:
     if not source.is_file():
         raise InvalidInput(f"{source} is {'a directory' if source.is_dir() else 'not there'}; give the path of a .gguf file.")
@@ -128,6 +137,8 @@ def _read(source: Path) -> tuple[Metadata, dict[str, Any]]:
         raise CheckpointError(f"{source} is not a complete GGUF file ({reason}); download it again.") from None
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read ({error.strerror}); check the path and its permissions.") from None
+    if reader.byte_order == "S":  # the gguf package does not swap the bytes of tensors
+        raise CheckpointError(f"{source} was written for processors of the other byte order; use the usual, little-endian file.")
     return Metadata(str(source), values), {tensor.name: tensor for tensor in reader.tensors}
 
 
