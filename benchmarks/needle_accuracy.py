@@ -13,9 +13,14 @@ import argparse
 import importlib.util
 import json
 import math
+import multiprocessing
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from typing import Any
 
+import tokenizers
 from common import NEEDLE_LLAMA, RESULTS, stamp, write_result
 
 from unisparse_np import UniSparseConfig
@@ -32,21 +37,21 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--questions", type=int, default=210, help="per length, spread over the tasks")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--workers", type=int, default=1, help="questions asked at once, each in a process of its own")
     options = parser.parse_args()
     done = read_answers()
-    model, tokenizer = load(str(NEEDLE_LLAMA), backend="reference")
-    tasks = load_tasks()
-    for length in options.lengths:
-        for n, (task, example) in enumerate(examples(tasks, tokenizer, length, options.questions)):
-            for name in options.configs:
-                if (length, n, name) not in done:
-                    answer = ask(model, tokenizer, CONFIGS[name], *example, tasks.score)
-                    record = {"length": length, "question": n, "task": task, "config": name, **answer}
-                    done[length, n, name] = record
-                    with ANSWERS.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
-            print(f"{length}: {n + 1} of {options.questions} questions", end="\r", flush=True)
-        print()
+    jobs = [
+        (length, n, task, example, [name for name in options.configs if (length, n, name) not in done])
+        for length in options.lengths
+        for n, (task, example) in enumerate(examples(length, options.questions))
+    ]
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for count, records in enumerate(pool.map(answer_question, jobs), start=1):
+            done |= {(r["length"], r["question"], r["config"]): r for r in records}
+            with ANSWERS.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            if count % 10 == 0:
+                print(f"{count} of {len(jobs)} questions", flush=True)
     records = [r for r in done.values() if r["length"] in options.lengths and r["question"] < options.questions]
     summary = summarise(records)
     path = write_result(
@@ -58,6 +63,7 @@ def main() -> None:
     print(path)
 
 
+@lru_cache(maxsize=1)
 def load_tasks() -> Any:
     """examples/needle-llama/tasks.py as a module."""
     spec = importlib.util.spec_from_file_location("tasks", NEEDLE_LLAMA / "tasks.py")
@@ -67,25 +73,33 @@ def load_tasks() -> Any:
     return module
 
 
-def examples(tasks: Any, tokenizer: Any, length: int, questions: int) -> Any:
+def examples(length: int, questions: int) -> Iterator[tuple[str, tuple]]:
     """(task, example) pairs: every task in turn, from one seed, the same for every config and run."""
-    from tokenizers import Tokenizer
-
-    raw = Tokenizer.from_file(str(NEEDLE_LLAMA / "tokenizer.json"))
-    generator = tasks.Gen(tasks.Pieces(raw, [tasks.NOISE * 3], [tasks.NOISE * 3], n_story=3000), "eval", SEED + length)
+    tasks = load_tasks()
+    tokenizer = tokenizers.Tokenizer.from_file(str(NEEDLE_LLAMA / "tokenizer.json"))
+    generator = tasks.Gen(tasks.Pieces(tokenizer, [tasks.NOISE * 3], [tasks.NOISE * 3], n_story=3000), "eval", SEED + length)
     for n in range(questions):
         task = tasks.TASKS[n % len(tasks.TASKS)]
         yield task, generator.eval_example(task, length)
 
 
-def ask(
-    model: Any, tokenizer: Any, config: Any, token_ids: Any, references: list[str], any_one: bool, room: int, score: Any
-) -> dict[str, Any]:
-    """One question -> its score and density."""
-    pieces = list(stream_generate(model, tokenizer, [int(t) for t in token_ids], attention=config, max_tokens=room))
-    text, statistics = "".join(piece.text for piece in pieces), pieces[-1].statistics
-    assert statistics is not None
-    return {"score": score(text, references, any_one), "density": statistics.density_mean}
+@lru_cache(maxsize=1)
+def loaded() -> tuple[Any, Any]:
+    """The model and its tokenizer, once a process."""
+    return load(str(NEEDLE_LLAMA), backend="reference")
+
+
+def answer_question(job: tuple[int, int, str, tuple, list[str]]) -> list[dict[str, Any]]:
+    """One question under several configs -> a record of score and density for each."""
+    length, n, task, (token_ids, references, any_one, room), names = job
+    records = []
+    for name in names:
+        pieces = list(stream_generate(*loaded(), [int(t) for t in token_ids], attention=CONFIGS[name], max_tokens=room))
+        text, statistics = "".join(piece.text for piece in pieces), pieces[-1].statistics
+        assert statistics is not None
+        score = load_tasks().score(text, references, any_one)
+        records.append({"length": length, "question": n, "task": task, "config": name, "score": score, "density": statistics.density_mean})
+    return records
 
 
 def read_answers() -> dict[tuple[int, int, str], dict[str, Any]]:

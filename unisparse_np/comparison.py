@@ -232,7 +232,7 @@ def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarra
             positions = reference.attend.attended_positions(mask[head, i], anchors[kv_head], i, problem)
             scores = (q[head, rows] @ k[kv_head, positions].T) * np.float32(problem.scale)
             if problem.causal and positions.size:
-                reference.attend.hide_future(scores, positions, problem.query_positions(i)[0])
+                reference.attend.hide_future(scores[None], positions, problem.query_positions(i)[0])
             highest = scores.max(axis=1, keepdims=True, initial=np.float32(-1e30))
             weights = np.exp(scores - highest)
             total = weights.sum(axis=1, keepdims=True)

@@ -192,7 +192,7 @@ class Problem:
             self,
             num_q_heads=round(self.num_q_heads * share),
             num_kv_heads=stop - start,
-            config=replace(self.config, **per_head),
+            config=replace(self.config, **per_head) if per_head else self.config,
         )
 
     def of_query_blocks(self, start: int, stop: int) -> Problem:

@@ -23,9 +23,9 @@ def sparse_attention(
     for head in range(problem.num_q_heads):
         kv_head = head // problem.group_size
         for i in range(problem.num_q_blocks):
-            start, stop = problem.query_range(i)
+            one, rows = slice(head, head + 1), slice(*problem.query_range(i))
             positions = attended_positions(mask[head, i], anchors[kv_head], i, problem)  # [n], ascending
-            out[head, start:stop], lse[head, start:stop] = attend_block(q[head, start:stop], k[kv_head], v[kv_head], positions, i, problem)
+            out[one, rows], lse[one, rows] = attend_block(q[one, rows], k[kv_head], v[kv_head], positions, i, problem)
     return out, lse
 
 
@@ -34,12 +34,12 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Proble
     q, k, v = widen(q), widen(k), widen(v)
     out = np.empty(q.shape, dtype=q.dtype)
     lse = np.empty(q.shape[:2], dtype=q.dtype)
-    for head in range(problem.num_q_heads):
-        kv_head = head // problem.group_size
+    for kv_head in range(problem.num_kv_heads):
+        group = slice(kv_head * problem.group_size, (kv_head + 1) * problem.group_size)  # its query heads see the same keys
         for i in range(problem.num_q_blocks):
-            start, stop = problem.query_range(i)
+            rows = slice(*problem.query_range(i))
             positions = np.arange(problem.visible_keys(i))
-            out[head, start:stop], lse[head, start:stop] = attend_block(q[head, start:stop], k[kv_head], v[kv_head], positions, i, problem)
+            out[group, rows], lse[group, rows] = attend_block(q[group, rows], k[kv_head], v[kv_head], positions, i, problem)
     return out, lse
 
 
@@ -57,25 +57,27 @@ def attended_positions(selected: np.ndarray, anchors: np.ndarray, i: int, proble
 def attend_block(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, i: int, problem: Problem
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exact softmax attention of query block i over the given positions.
+    """Exact softmax attention of query block i over the given positions, for heads that share them.
 
-    q [rows, d], k, v [Lk, d], positions [n] ascending -> out [rows, d], lse [rows].
+    q [heads, rows, d], k, v [Lk, d], positions [n] ascending -> out [heads, rows, d], lse [heads, rows].
     """
+    heads, rows, dim = q.shape
     if positions.size == 0:
-        return np.zeros_like(q), np.full(len(q), -np.inf, dtype=q.dtype)
-    scores = dot_products(q * q.dtype.type(problem.scale), gather(k, positions))  # [rows, n]
+        return np.zeros_like(q), np.full((heads, rows), -np.inf, dtype=q.dtype)
+    queries = (q * q.dtype.type(problem.scale)).reshape(heads * rows, dim)
+    scores = dot_products(queries, gather(k, positions))  # [heads * rows, n]
     if problem.causal:
-        hide_future(scores, positions, problem.query_positions(i)[0])
-    highest = scores.max(axis=1, keepdims=True)  # [rows, 1]
+        hide_future(scores.reshape(heads, rows, -1), positions, problem.query_positions(i)[0])
+    highest = scores.max(axis=1, keepdims=True)  # [heads * rows, 1]
     highest[highest == -np.inf] = 0.0  # a row that sees nothing: exp(-inf - 0) = 0 for all of it
     scores -= highest
-    weights = np.exp(scores, out=scores)  # [rows, n]
-    total = weights.sum(axis=1, keepdims=True)  # [rows, 1]
-    out = weighted_values(weights, gather(v, positions))  # [rows, d]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        out = np.where(total == 0, 0.0, out / total)
-        lse = highest + np.log(total)
-    return out.astype(q.dtype, copy=False), lse[:, 0]
+    weights = np.exp(scores, out=scores)  # [heads * rows, n]
+    total = weights.sum(axis=1, keepdims=True)  # [heads * rows, 1]
+    out = weighted_values(weights, gather(v, positions))  # [heads * rows, d]
+    with np.errstate(divide="ignore"):
+        lse = highest + np.log(total)  # -inf where the total is 0, and out is 0 there
+    out /= np.where(total == 0, q.dtype.type(1), total)
+    return out.reshape(q.shape), lse.reshape(heads, rows)
 
 
 def dot_products(q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -89,11 +91,11 @@ def dot_products(q: np.ndarray, k: np.ndarray) -> np.ndarray:
 
 
 def hide_future(scores: np.ndarray, positions: np.ndarray, first_query: int) -> None:
-    """The causal rule per token: scores [rows, n] of keys after their query become -inf, in place."""
+    """The causal rule per token: scores [heads, rows, n] of keys after their query become -inf, in place."""
     tail = int(np.searchsorted(positions, first_query, side="right"))  # every row sees the positions before the tail
-    query_positions = first_query + np.arange(len(scores))  # [rows]
+    query_positions = first_query + np.arange(scores.shape[1])  # [rows]
     future = positions[tail:] > query_positions[:, None]  # [rows, n - tail]
-    scores[:, tail:][future] = -np.inf
+    scores[:, :, tail:][:, future] = -np.inf
 
 
 def gather(x: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from .scores import score_blocks
 from .select import select_blocks, visible_blocks
 
 PARTS_PER_THREAD = 4  # enough that the last part to finish keeps the others waiting only briefly
+WORTH_SPLITTING = 1 << 18  # scores; below it (a decode step) handing parts to threads costs more than it saves
 
 
 def summarise_keys(k: np.ndarray, problem: Problem) -> KeySummary:
@@ -76,7 +77,8 @@ class Part:
         self.rows = problem.query_range(q_blocks[0])[0], problem.query_range(q_blocks[1] - 1)[1]
         self.q_heads = kv_heads[0] * problem.group_size, kv_heads[1] * problem.group_size
         self.composite_heads = slice(kv_heads[0] // problem.kv_heads_per_composite, kv_heads[1] // problem.kv_heads_per_composite)
-        self.problem = problem.of_kv_heads(*kv_heads).of_query_blocks(*q_blocks)
+        whole = self.q_heads == (0, problem.num_q_heads) and self.rows == (0, problem.q_len)
+        self.problem = problem if whole else problem.of_kv_heads(*kv_heads).of_query_blocks(*q_blocks)
 
     def queries(self, q: np.ndarray) -> np.ndarray:
         """q [Hq, Lq, d] -> this part's [Hq', Lq', d]."""
@@ -89,6 +91,8 @@ class Part:
 
 def split(problem: Problem) -> list[Part]:
     """Parts enough to keep the threads busy, those with the most keys first."""
+    if problem.num_q_heads * problem.q_len * problem.k_len < WORTH_SPLITTING:
+        return [Part(problem, (0, problem.num_kv_heads), (0, problem.num_q_blocks))]
     heads_each = problem.kv_heads_per_composite
     head_groups = [(h, h + heads_each) for h in range(0, problem.num_kv_heads, heads_each)]
     runs = min(problem.num_q_blocks, max(1, ceil_div(PARTS_PER_THREAD * num_threads(), len(head_groups))))
@@ -103,7 +107,7 @@ def in_threads(work: Callable, parts: list) -> list:
     moves last bits.
     """
     with _blas().limit(limits=1, user_api="blas"):
-        return list(_pool().map(work, parts))
+        return [work(parts[0])] if len(parts) == 1 else list(_pool().map(work, parts))
 
 
 @lru_cache(maxsize=1)
@@ -125,6 +129,8 @@ def _sparse_part(q: np.ndarray, k: np.ndarray, v: np.ndarray, summary: KeySummar
 
 def _join(parts: list[Part], pieces: list[np.ndarray]) -> np.ndarray:
     """Put the parts' [heads, rows, ...] together again."""
+    if len(parts) == 1:
+        return pieces[0]
     by_run: dict[tuple[int, int], list[np.ndarray]] = {}
     for part, piece in sorted(zip(parts, pieces, strict=True), key=lambda pair: (pair[0].q_blocks, pair[0].kv_heads)):
         by_run.setdefault(part.q_blocks, []).append(piece)
