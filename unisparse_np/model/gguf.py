@@ -113,7 +113,7 @@ def _check_paths(source: Path, target: Path, force: bool) -> None:
         raise InvalidInput(f"{source} is {'a directory' if source.is_dir() else 'not there'}; give the path of a .gguf file.")
     if not target.exists():
         if not (above := _nearest_existing(target)).is_dir():
-            raise InvalidInput(f"{target} cannot be made, since {above} is a file; give the name of a new folder.")
+            raise InvalidInput(f"{target} cannot be made, since {above} is a file or a broken link; give the name of a new folder.")
         return
     if not target.is_dir():
         raise InvalidInput(f"{target} is a file; give the name of a new folder.")
@@ -193,7 +193,8 @@ def _complete_or_nothing(target: Path, force: bool, room: int) -> Iterator[Path]
 
 
 def _nearest_existing(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())
+    """The nearest thing above path, a link that leads nowhere included."""
+    return next(parent for parent in path.parents if os.path.lexists(parent))
 
 
 def _sync(folder: Path) -> None:
