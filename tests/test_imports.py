@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "version": set(),
     "errors": set(),
     "config": {"errors"},
+    "config_file": {"config", "errors"},
     "problem": {"config", "errors"},
     "trace": {"problem", "config", "errors"},
     "arrays": {"errors"},
@@ -26,8 +27,9 @@ MAY_IMPORT = {
     "attention": {"reference", "gpu", "parallel", *FOUNDATION},
     "comparison": {"attention", "reference", "gpu", "parallel", *FOUNDATION},
     "model": {"attention", "parallel", *FOUNDATION},
+    "evaluation": {"model", "attention", "config_file", "version", *FOUNDATION},
     "__init__": {"attention", "comparison", "model", "parallel", "version", *FOUNDATION},
-    "cli": {"model", "comparison", "attention", "version", *FOUNDATION},
+    "cli": {"evaluation", "config_file", "model", "comparison", "attention", "version", *FOUNDATION},
     "__main__": {"cli"},
 }
 ONLY_IMPORTED_IN = {"cupy": "gpu.cupy_kernels", "numba": "gpu.numba_kernels"}

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .backend import choose_backend
-from .options import SectionedCommand, Size, attention_options, flag, in_section, output_options, resolve_attention, run_options, use_device
+from .options import (
+    SectionedCommand, Size, attention_options, flag, in_section, note_config_file, output_options, resolve_attention, run_options, use_device,
+)  # fmt: skip
 from .progress import PrefillBar
 from .prompt import read_prompt
 
@@ -67,6 +69,8 @@ def generate(
     prefill_attention, later_attention = resolve_attention(model_dir, attention, decode_attention, attention_flags)
     use_device(device, backend)
     backend = choose_backend(backend, quiet)
+    if not quiet and (prefill_attention, later_attention) != ("dense", "dense"):
+        note_config_file(model_dir, attention_flags)
     from ..model.generate import stream_generate  # late, so that help and usage errors come at once
     from ..model.loading import load
 

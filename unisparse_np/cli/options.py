@@ -7,11 +7,10 @@ model, else from the default. `off` on the command line is None in the config.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import click
 
 from ..attention import AttentionConfig
 from ..config import PRESETS, UniSparseConfig
-from ..errors import CheckpointError, InvalidInput
+from ..config_file import CONFIG_FIELDS, CONFIG_FILE, read_config_file
+from ..errors import InvalidInput
 
+Attention = AttentionConfig | list[UniSparseConfig]  # one for all layers, or one a layer
 OFF = "off"
-CONFIG_FILE = "unisparse.json"
-_CONFIG_FIELDS = tuple(field.name for field in fields(UniSparseConfig))
 _SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -135,17 +134,15 @@ def attention_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **values: Any) -> Any:
-        flags = {name: values.pop(name) for name in ("preset", "compress", *_CONFIG_FIELDS)}
+        flags = {name: values.pop(name) for name in ("preset", "compress", *CONFIG_FIELDS)}
         given = {name: value for name, value in flags.items() if value is not None}
         return command(*args, attention_flags=given, **values)
 
     return _ATTENTION_OPTIONS(wrapped)
 
 
-def resolve_attention(
-    model_dir: str, attention: str, decode_attention: str, flags: dict[str, Any]
-) -> tuple[AttentionConfig, AttentionConfig]:
-    """The attention of prefill and of decode, from the flags that were given.
+def resolve_attention(model_dir: str, attention: str, decode_attention: str, flags: dict[str, Any]) -> tuple[Attention, Attention]:
+    """The attention of prefill and of decode, from the flags that were given; a list where unisparse.json gives one a layer.
 
     Raises:
         InvalidInput: a value breaks its rule, or flags were given that nothing would use.
@@ -156,38 +153,27 @@ def resolve_attention(
             name = {"top_p": "attn-top-p"}.get(first := next(iter(flags)), first.replace("_", "-"))
             raise InvalidInput(f"--{name} has no effect with --attention dense: drop one of the two")
         return "dense", "dense"
-    config = _config_from(model_dir, flags)
+    config = config_from_flags(model_dir, flags)
     return (config if attention == "unisparse" else "dense"), (config if decode_attention == "unisparse" else "dense")
 
 
-def _config_from(model_dir: str, flags: dict[str, Any]) -> UniSparseConfig:
-    base = PRESETS[flags["preset"]]() if "preset" in flags else _config_beside(Path(model_dir))
+def config_from_flags(model_dir: str, flags: dict[str, Any]) -> UniSparseConfig | list[UniSparseConfig]:
+    """The values given, over the preset named, or over unisparse.json beside the model, or over the default. Raises as above."""
+    base = PRESETS[flags["preset"]]() if "preset" in flags else read_config_file(Path(model_dir)) or UniSparseConfig()
     changes: dict[str, Any] = {}
     if "compress" in flags:
         changes = {"q_compress": flags["compress"], "k_compress": flags["compress"]}
-    changes |= {name: None if value == OFF else value for name, value in flags.items() if name in _CONFIG_FIELDS}
+    changes |= {name: None if value == OFF else value for name, value in flags.items() if name in CONFIG_FIELDS}
     try:
-        return replace(base, **changes)
+        return replace(base, **changes) if isinstance(base, UniSparseConfig) else [replace(config, **changes) for config in base]
     except InvalidInput as error:
         raise InvalidInput(f"attention flags: {error}") from None
 
 
-def _config_beside(model_dir: Path) -> UniSparseConfig:
-    """The config in unisparse.json, where the model's folder has one; otherwise the default."""
-    path = model_dir / CONFIG_FILE
-    if not path.is_file():
-        return UniSparseConfig()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): mend it, delete it, or name a --preset to pass it by") from None
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - set(_CONFIG_FIELDS))):
-        found = f"unknown field {unknown[0]!r}" if isinstance(values, dict) else f"a {type(values).__name__}"
-        raise CheckpointError(f"{path} holds {found}, but must be one object with fields among {', '.join(_CONFIG_FIELDS)}")
-    try:
-        return UniSparseConfig(**values)
-    except InvalidInput as error:
-        raise CheckpointError(f"{path}: {error}") from None
+def note_config_file(model_dir: str, flags: dict[str, Any]) -> None:
+    """Say on stderr that unisparse.json beside the model decides, where it does and what it leaves open is not all given."""
+    if "preset" not in flags and (Path(model_dir) / CONFIG_FILE).is_file():
+        click.echo(f"attention {Path(model_dir) / CONFIG_FILE} (--preset default passes it by)", err=True)
 
 
 def use_device(device: int | None, backend: str) -> None:
