@@ -53,6 +53,6 @@ def test_a_file_of_ones_own_is_not_taken_for_a_tuned_one(tmp_path: Path) -> None
 )
 def test_broken_layers_are_named(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "unisparse.json").write_text(content)
-    with pytest.raises(CheckpointError, match="unisparse.json") as error:
+    with pytest.raises(CheckpointError, match=r"unisparse\.json") as error:
         read_config_file(tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -13,8 +13,17 @@ import click
 
 from .backend import choose_backend
 from .options import (
-    SectionedCommand, Size, attention_options, flag, in_section, note_config_file, output_options, resolve_attention, run_options, use_device,
-)  # fmt: skip
+    SectionedCommand,
+    Size,
+    attention_options,
+    flag,
+    in_section,
+    note_config_file,
+    output_options,
+    resolve_attention,
+    run_options,
+    use_device,
+)
 from .progress import PrefillBar
 from .prompt import read_prompt
 
