@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from ..attention import AttentionConfig, attend
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
 from ..problem import ceil_div
+from ..trace import Trace
 from .config import ModelConfig
 from .kv_cache import KVCache
 from .weights import LayerWeights, Weights
 
 Attention = AttentionConfig | Sequence[AttentionConfig]
 Progress = Callable[[int, int, float], None]
+Observer = Callable[[int, Any, Any, Any, Any, Trace], None]  # layer, q [Hq, T, d], k and v [Hkv, Lk, d], out [Hq, T, d], trace
 DEFAULT_CHUNK_SIZE = 1024
 
 
@@ -60,6 +62,7 @@ class Llama:
         *,
         chunk_size: int | None = None,
         progress: Progress | None = None,
+        observer: Observer | None = None,
     ) -> np.ndarray:
         """Read a prompt in chunks; only its last position goes through the head.
 
@@ -69,6 +72,9 @@ class Llama:
                 depend on it.
             progress: called after each chunk with (tokens done, tokens in all, mean density of the layers
                 so far).
+            observer: called at every layer of every chunk with (layer, q, k, v, out, trace) of its attention call: the
+                backend's arrays, after rotary embedding, q of the chunk and k, v of all tokens so far. Views, valid
+                during the call.
 
         Returns:
             logits [vocab] float32 (float64 for a float64 model) of the last position.
@@ -81,7 +87,7 @@ class Llama:
         self._begin(cache, len(token_ids))
         hidden: Any = None
         for start, stop in self._chunks(len(token_ids), configs, chunk_size):
-            hidden = self._forward(token_ids[start:stop], cache, configs, count=True)
+            hidden = self._forward(token_ids[start:stop], cache, configs, count=True, observer=observer)
             if progress is not None:
                 progress(stop, len(token_ids), sum(cache.densities()) / len(configs))
         return self._head(hidden[-1:])[0]
@@ -100,28 +106,49 @@ class Llama:
 
         With a cache the tokens follow what it holds, and are counted in its densities.
         """
-        configs = self._attention_per_layer(attention)
         self._check_tokens(token_ids)
         cache = self.new_cache(len(token_ids), attention) if cache is None else cache
-        self._begin(cache, len(token_ids))
         out = np.empty((len(token_ids), self.config.vocab_size), dtype=np.float64 if self._dtype == np.float64 else np.float32)
-        for start, stop in self._chunks(len(token_ids), configs, chunk_size):
-            out[start:stop] = self._head(self._forward(token_ids[start:stop], cache, configs, count=True))
+        start = 0
+        for part in self.logits_by_chunk(token_ids, cache, attention, chunk_size=chunk_size):
+            out[start : start + len(part)] = part
+            start += len(part)
         return out
+
+    def logits_by_chunk(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        attention: Attention,
+        *,
+        chunk_size: int | None = None,
+        observer: Observer | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The same, one chunk [t, vocab] after the other, for prompts whose logits do not fit memory together.
+
+        The tokens follow what the cache holds; arguments and errors as in `prefill`.
+        """
+        configs = self._attention_per_layer(attention)
+        self._check_tokens(token_ids)
+        chunks = self._chunks(len(token_ids), configs, chunk_size)
+        self._begin(cache, len(token_ids))
+        return (self._head(self._forward(token_ids[start:stop], cache, configs, count=True, observer=observer)) for start, stop in chunks)
 
     def layer_densities(self, cache: KVCache) -> list[float]:
         """The prefill's density, one ratio a layer; empty before the first prefill."""
         return cache.densities()
 
     # ---- the forward pass ----
-    def _forward(self, token_ids: Sequence[int], cache: KVCache, configs: list[AttentionConfig], count: bool) -> Any:
+    def _forward(
+        self, token_ids: Sequence[int], cache: KVCache, configs: list[AttentionConfig], count: bool, observer: Observer | None = None
+    ) -> Any:
         """T ids after those in the cache -> their hidden states [T, hidden] before the last norm."""
         layers = self._layers
         x = layers.embedding(self.weights.embedding, token_ids, self._dtype)  # [T, hidden]
         rotation = layers.rotary_table(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self._dtype)
         for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
             normed = layers.rms_norm(x, weights.input_norm, self.config.rms_norm_eps)
-            layers.add(x, self._attention(index, weights, normed, rotation, cache, config, count))
+            layers.add(x, self._attention(index, weights, normed, rotation, cache, config, count, observer))
             normed = layers.rms_norm(x, weights.post_attention_norm, self.config.rms_norm_eps)
             gate_up = layers.linear(normed, weights.gate_up, weights.gate_up_bias)  # [T, 2 * intermediate]
             layers.add(x, layers.linear(layers.swiglu(gate_up), weights.down, weights.down_bias))
@@ -129,8 +156,9 @@ class Llama:
         return x
 
     def _attention(
-        self, index: int, weights: LayerWeights, x: Any, rotation: Any, cache: KVCache, config: AttentionConfig, count: bool
-    ) -> Any:
+        self, index: int, weights: LayerWeights, x: Any, rotation: Any, cache: KVCache, config: AttentionConfig, count: bool,
+        observer: Observer | None,
+    ) -> Any:  # fmt: skip
         """One attention block: x [T, hidden], normed -> [T, hidden]."""
         layers, shape = self._layers, self.config
         tokens, stop = len(x), cache.length + len(x)
@@ -150,6 +178,8 @@ class Llama:
         out, trace = attend(q_rotated, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary)  # [Hq, T, d]
         if count:
             cache.add_counts(index, trace.kept_blocks, trace.visible_blocks)
+        if observer is not None:
+            observer(index, q_rotated, keys, values, out, trace)
         return layers.linear(out.transpose(1, 0, 2).reshape(tokens, -1), weights.output, weights.output_bias)
 
     def _head(self, hidden: Any) -> np.ndarray:

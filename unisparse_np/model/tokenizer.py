@@ -114,9 +114,9 @@ class Tokenizer:
             raise CheckpointError(f"the chat template in {self._chat_template.origin} turns the prompt into no text: mend it, or use --raw")
         return token_ids
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of `token_ids`, special tokens left out."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Iterable[int], show_special_tokens: bool = False) -> str:
+        """The text of `token_ids`, special tokens left out or spelled out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not show_special_tokens)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental decoder, for one answer."""
