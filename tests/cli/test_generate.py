@@ -79,7 +79,8 @@ def test_auto_says_which_backend_it_chose_and_why(calls: list) -> None:
 def test_every_flag_arrives(calls: list) -> None:
     flags = (
         "--text hello -n 1K --system be-brief --temp 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --repetition-penalty 1.1 --seed 7 "
-        "--stop END --stop . --raw --attn-top-p 0.8 --decode-attention unisparse --backend reference --dtype float32 --chunk-size 2K --max-context 16K"
+        "--stop END --stop . --raw "
+        "--attn-top-p 0.8 --decode-attention unisparse --backend reference --dtype float32 --chunk-size 2K --max-context 16K"
     )
     assert run(*flags.split()).exit_code == 0
     loaded, asked = calls
