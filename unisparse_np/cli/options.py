@@ -90,12 +90,15 @@ def flag(*names: str, **attributes: Any) -> tuple[tuple[str, ...], dict[str, Any
     return names, attributes
 
 
-_ATTENTION_OPTIONS = in_section(
-    "Attention",
+_PREFILL = (
     flag("--attention", type=click.Choice(["unisparse", "dense"]), default="unisparse", show_default=True,
          help="How the prompt is read: sparse, or every token with every earlier one."),
+)  # fmt: skip
+_DECODE = (
     flag("--decode-attention", type=click.Choice(["dense", "unisparse"]), default="dense", show_default=True,
          help="How each new token looks back at the text."),
+)  # fmt: skip
+_KNOBS = (
     flag("--preset", type=click.Choice(list(PRESETS)),
          help=f"Start from a named set of the values below. Unset: {CONFIG_FILE} in the model's folder, else default."),
     flag("--attn-top-p", "top_p", type=ShareOrOff(),
@@ -112,15 +115,17 @@ _ATTENTION_OPTIONS = in_section(
     flag("--local-blocks", type=int, help="Blocks just before the current one that are always kept. Default: 1."),
 )  # fmt: skip
 
-run_options = in_section(
-    "Running",
+_RUN_FLAGS = (
     flag("--backend", type=click.Choice(["auto", "reference", "numba", "cupy"]), default="auto", show_default=True,
          help="What computes. auto: cupy where CuPy and a GPU are present, else reference (NumPy)."),
     flag("--dtype", default="auto", show_default=True, help="Precision of the computation, such as float32."),
-    flag("--chunk-size", type=Size(), help="Tokens of the prompt read at a time. Bounds memory; does not change the answer."),
     flag("--max-context", type=Size(), help="Allow prompt and answer together this many tokens, more than the model was made for."),
     flag("--device", type=int, help="Number of the GPU to use, where there are several."),
 )  # fmt: skip
+_CHUNK_FLAG = flag("--chunk-size", type=Size(), help="Tokens of the prompt read at a time. Bounds memory; does not change the answer.")
+
+run_options = in_section("Running", *_RUN_FLAGS[:2], _CHUNK_FLAG, *_RUN_FLAGS[2:])
+measuring_run_options = in_section("Running", *_RUN_FLAGS)  # for commands that choose their chunks themselves
 
 output_options = in_section(
     "Output",
@@ -130,15 +135,23 @@ output_options = in_section(
 
 
 def attention_options(command: Callable) -> Callable:
-    """The knobs of the algorithm. Those that were given arrive as one dictionary, `attention_flags`."""
+    """Attention of prefill and decode, and the knobs of the algorithm; knobs that were given arrive as one dict, `attention_flags`."""
+    return in_section("Attention", *_PREFILL, *_DECODE, *_KNOBS)(_collecting_knobs(command))
 
+
+def prefill_attention_options(command: Callable) -> Callable:
+    """The same without the attention of decode, for commands that only read."""
+    return in_section("Attention", *_PREFILL, *_KNOBS)(_collecting_knobs(command))
+
+
+def _collecting_knobs(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapped(*args: Any, **values: Any) -> Any:
         flags = {name: values.pop(name) for name in ("preset", "compress", *CONFIG_FIELDS)}
         given = {name: value for name, value in flags.items() if value is not None}
         return command(*args, attention_flags=given, **values)
 
-    return _ATTENTION_OPTIONS(wrapped)
+    return wrapped
 
 
 def resolve_attention(model_dir: str, attention: str, decode_attention: str, flags: dict[str, Any]) -> tuple[Attention, Attention]:
