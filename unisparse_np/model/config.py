@@ -183,7 +183,10 @@ def _sliding_window(family: str, raw: Mapping[str, Any], given: Mapping[str, Any
         return None
     layer_types = given.get("layer_types")
     if layer_types is None:
-        slides = given.get("max_window_layers", 28) < num_layers
+        first_sliding = given.get("max_window_layers", 28)
+        if isinstance(first_sliding, bool) or not isinstance(first_sliding, int) or first_sliding < 0:
+            raise CheckpointError(f"config.json: max_window_layers is {first_sliding!r}: it must be a whole number of at least 0")
+        slides = first_sliding < num_layers
     else:
         if not isinstance(layer_types, list) or len(layer_types) != num_layers:
             raise CheckpointError(f"config.json: layer_types must list one type for each of the {num_layers} layers, not {layer_types!r}")

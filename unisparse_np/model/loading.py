@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention import load_backend
-from ..errors import BackendUnavailable, CheckpointError
+from ..errors import BackendUnavailable
 from .config import ModelConfig
 from .llama import Llama
 from .tokenizer import Tokenizer
@@ -30,11 +30,6 @@ def load(path: str | Path, backend: str = "auto", dtype: str = "auto", max_conte
     folder = Path(path)
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer knows {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}: "
-            "use the tokenizer that belongs to it"
-        )
     engine = _backend_for_models(backend)
     return Llama(config, load_weights(folder, config, engine.layers, dtype), engine, max_context), tokenizer
 
