@@ -118,7 +118,8 @@ _KNOBS = (
 _RUN_FLAGS = (
     flag("--backend", type=click.Choice(["auto", "reference", "numba", "cupy"]), default="auto", show_default=True,
          help="What computes. auto: cupy where CuPy and a GPU are present, else reference (NumPy)."),
-    flag("--dtype", default="auto", show_default=True, help="Precision of the computation, such as float32."),
+    flag("--dtype", default="auto", show_default=True,
+         help="How weights are held: float32, float16 or bfloat16. auto: as the backend computes best."),
     flag("--max-context", type=Size(), help="Allow prompt and answer together this many tokens, more than the model was made for."),
     flag("--device", type=int, help="Number of the GPU to use, where there are several."),
 )  # fmt: skip
