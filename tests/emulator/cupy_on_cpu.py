@@ -1,0 +1,141 @@
+"""A stand-in for CuPy on the CPU: arrays are NumPy's, and a RawKernel is the kernel's own source run by emulator.h.
+
+With it the whole backend runs without a GPU, wrappers and kernels alike. Only what the backend uses is here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+import sys
+import tempfile
+import types
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "unisparse_np" / "gpu" / "cupy_kernels" / "cuda"
+BUILT = Path(tempfile.gettempdir()) / "unisparse_emulator"
+NUM_MULTIPROCESSORS = 2
+
+
+class Memory:
+    def __init__(self, pointer: int) -> None:
+        self.ptr = pointer
+
+
+class ndarray(np.ndarray):
+    """NumPy's array with CuPy's .data.ptr."""
+
+    @property
+    def data(self) -> Memory:  # type: ignore[override]
+        return Memory(self.ctypes.data)
+
+
+@lru_cache
+def library(file: str, kernel: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+    """The shared library of one kernel with its defines; rebuilt when any source changed."""
+    sources = [HERE / "emulator.h", HERE / "launch.cpp", SOURCES / file, *sorted(SOURCES.glob("*.cuh"))]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((file, kernel, defines)).encode()).hexdigest()[:16]
+    BUILT.mkdir(exist_ok=True)
+    built = BUILT / f"{kernel}_{key}.so"
+    if not built.exists():
+        unfinished = built.with_suffix(f".{np.random.default_rng().integers(1 << 60)}")
+        command = [
+            "g++", "-O1", "-march=native", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-DUNISPARSE_EMULATOR",
+            f'-DSOURCE="{file}"', f"-DKERNEL={kernel}", *defines, f"-I{HERE}", f"-I{SOURCES}", str(HERE / "launch.cpp"), "-o", str(unfinished),
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        unfinished.rename(built)
+    return ctypes.CDLL(str(built))
+
+
+class Kernel:
+    """Called as a RawKernel is: kernel(grid, block, arguments, shared_mem=bytes)."""
+
+    seed = 0  # of the emulator's choices; tests change it
+    launched: list[str] = []  # noqa: RUF012
+
+    def __init__(self, file: str, name: str, defines: tuple[str, ...]) -> None:
+        self.file, self.name, self.defines = file, name, defines
+
+    def __call__(self, grid: tuple, block: tuple, arguments: tuple, shared_mem: int = 0) -> None:
+        Kernel.launched.append(self.name)
+        built = library(self.file, self.name, self.defines)
+        declared = built.shared_bytes_of_source()
+        assert declared in (-1, shared_mem), f"{self.name}: wrapper gives {shared_mem} bytes of shared memory, the source needs {declared}"
+        values = [_argument(x) for x in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        x, y = (*grid, 1)[:2]
+        built.launch(pointers, len(values), int(x), int(y), int(block[0]), ctypes.c_long(shared_mem), ctypes.c_uint(Kernel.seed))
+
+
+class RawModule:
+    def __init__(self, code: str, options: tuple[str, ...] = (), backend: str = "nvrtc", **_: Any) -> None:
+        self.code = code
+        self.defines = tuple(option for option in options if option.startswith("-D"))
+
+    def get_function(self, name: str) -> Kernel:
+        for path in SOURCES.glob("*.cu"):
+            if path.read_text().splitlines()[0] in self.code:
+                return Kernel(path.name, name, self.defines)
+        raise AssertionError(f"no source file holds {name}")
+
+
+def encode_tensor_map(to: int, _type: int, rank: int, base: Any, sizes: Any, strides: Any, box: Any, _steps: Any, *_: int) -> int:
+    """cuTensorMapEncodeTiled for the emulator's TensorMap."""
+    assert to % 64 == 0 and rank == 4 and base.value % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    encoded = np.zeros(128, np.uint8)
+    encoded[:8].view(np.uint64)[0] = base.value
+    encoded[8:40].view(np.int64)[:] = list(sizes)
+    encoded[40:72].view(np.int64)[:] = [2, *strides]
+    encoded[72:88].view(np.int32)[:] = list(box)
+    ctypes.memmove(to, encoded.ctypes.data, 128)
+    return 0
+
+
+def install(capability: str) -> types.ModuleType:
+    """Put the stand-in where `import cupy` finds it, as a device of this compute capability ("90", "80")."""
+    module = types.ModuleType("cupy")
+    module.ndarray = ndarray  # type: ignore[attr-defined]
+    for function in (
+        "asarray", "ascontiguousarray", "empty", "empty_like", "packbits", "repeat", "rint", "stack", "unpackbits", "zeros",
+    ):  # fmt: skip
+        setattr(module, function, _viewing(getattr(np, function)))
+    module.asnumpy = np.asarray  # type: ignore[attr-defined]
+    module.RawModule = RawModule  # type: ignore[attr-defined]
+    device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
+    module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        Device=lambda: device, runtime=types.SimpleNamespace(CUDARuntimeError=RuntimeError)
+    )
+    sys.modules["cupy"] = module
+    return module
+
+
+def _viewing(function: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        result = np.asarray(function(*arguments, **options))
+        if function in (np.empty, np.empty_like):
+            result.view(np.uint8)[...] = 0xFF  # memory nobody wrote reads as NaN
+        return result.view(ndarray)
+
+    return call
+
+
+def _argument(x: Any) -> Any:
+    """A ctypes value whose address is what a kernel parameter is read from."""
+    if isinstance(x, np.ndarray) and x.dtype.kind == "V":
+        raw = ctypes.create_string_buffer(x.nbytes + 64)
+        start = ctypes.addressof(raw) + (-ctypes.addressof(raw) % 64)
+        ctypes.memmove(start, x.ctypes.data, x.nbytes)
+        value = (ctypes.c_char * x.nbytes).from_address(start)
+        value.owner = raw
+        return value
+    if isinstance(x, np.ndarray):
+        return ctypes.c_void_p(x.ctypes.data)
+    kinds = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "uint64": ctypes.c_uint64, "float32": ctypes.c_float}
+    return kinds[x.dtype.name](x.item())

@@ -1,0 +1,32 @@
+"""The fast backend: the four stages as CUDA C++ kernels (cuda/), compiled at first use by CuPy.
+
+The stages have the reference's names and signatures, in float16 and bfloat16. run_sparse fuses what lies between them: float16
+composites, scores as whole numbers, the mask as bits, and no wait for the host from q, k, v to the output. NaN and infinite
+inputs are not looked for (that would be such a wait): what a query may see of them reaches its output, what it may not does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+
+from ...problem import Problem
+from .arrays import as_numpy, from_any, to_kind_of
+from .attend import dense_attention, sparse_attention
+from .compress import compress, find_anchors
+from .run import run_dense, run_sparse
+from .scores import score_blocks
+from .select import select_blocks
+
+__all__ = [
+    "as_numpy", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "name", "run_dense", "run_sparse",
+    "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+]  # fmt: skip
+
+name = "cupy"
+xp = cupy
+
+
+def check_finite(q: Any, k: Any, v: Any, problem: Problem) -> None:
+    """Nothing: looking at the values would hold the GPU up (see above)."""

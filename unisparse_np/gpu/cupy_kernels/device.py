@@ -1,0 +1,117 @@
+"""What the kernels need from CuPy and the driver: the device's facts, compiled kernels, tensor maps."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+
+from ...errors import BackendUnavailable
+
+SOURCES = Path(__file__).parent / "cuda"
+OLDEST_CAPABILITY = (8, 0)
+TENSOR_MAP_BYTES = 128
+
+
+@lru_cache
+def capability() -> tuple[int, int]:
+    """Compute capability of the current device. Raises BackendUnavailable when there is none, or it is too old."""
+    try:
+        digits = cupy.cuda.Device().compute_capability  # "90"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendUnavailable(f"CuPy finds no usable CUDA device ({error}): check nvidia-smi, or use backend='reference'") from error
+    found = int(digits[:-1]), int(digits[-1])
+    if found < OLDEST_CAPABILITY:
+        raise BackendUnavailable(
+            f"this GPU has compute capability {found[0]}.{found[1]} and the kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} "
+            "(A100, RTX 30 or later): use backend='reference'"
+        )
+    return found
+
+
+@lru_cache
+def num_multiprocessors() -> int:
+    """Streaming multiprocessors of the current device."""
+    return cupy.cuda.Device().attributes["MultiProcessorCount"]
+
+
+def source(name: str) -> str:
+    """A .cu file with the project's own headers put in their places: CuPy's cache looks at this text alone."""
+    return _expand(SOURCES / name, set())
+
+
+@lru_cache(maxsize=256)
+def kernel(file: str, name: str, shared_bytes: int, **defines: int) -> Any:
+    """A kernel of a .cu file, compiled for this device (CuPy keeps the result on disk) and given its shared memory."""
+    options = ["-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+    if capability() == (9, 0):
+        options.append("-arch=sm_90a")  # wgmma and setmaxnreg; CuPy's own -arch=sm_90 comes after it and yields
+    module = cupy.RawModule(code=source(file), options=tuple(options), backend="nvrtc", name_expressions=None)
+    function = module.get_function(name)
+    if shared_bytes > 48 * 1024:
+        function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
+
+
+def tensor_map(x: Any, rows: int) -> np.ndarray:
+    """A CUtensorMap over x [H, L, d] in tiles of `rows` rows of one head, as a by-value kernel argument.
+
+    The view is (64, L, d / 64, H), so that one instruction fetches a tile as panels of 64 columns with a 128-byte
+    swizzle, whatever the strides of x.
+    """
+    heads, length, dim = x.shape
+    key = (x.data.ptr, heads, length, dim, x.strides[0], x.strides[1], x.dtype == np.float16, rows)
+    return _encode_tensor_map(*key)
+
+
+@lru_cache(maxsize=1024)
+def _encode_tensor_map(
+    pointer: int, heads: int, length: int, dim: int, head_bytes: int, row_bytes: int, is_float16: bool, rows: int
+) -> np.ndarray:
+    buffer = np.zeros(TENSOR_MAP_BYTES + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    buffer = buffer[start : start + TENSOR_MAP_BYTES]
+    sizes = (ctypes.c_uint64 * 4)(64, length, dim // 64, heads)
+    strides = (ctypes.c_uint64 * 3)(row_bytes, 128, head_bytes)
+    box = (ctypes.c_uint32 * 4)(64, rows, dim // 64, 1)
+    steps = (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    float16, bfloat16, no_interleave, swizzle_128, promote_128, zero_fill = 6, 9, 0, 3, 2, 0
+    status = driver().cuTensorMapEncodeTiled(
+        buffer.ctypes.data, float16 if is_float16 else bfloat16, 4, ctypes.c_void_p(pointer), sizes, strides, box, steps,
+        no_interleave, swizzle_128, promote_128, zero_fill,
+    )  # fmt: skip
+    if status:
+        raise BackendUnavailable(f"cuTensorMapEncodeTiled failed with CUresult {status}: the driver may be older than CUDA 12, update it")
+    return buffer.view(f"V{TENSOR_MAP_BYTES}")
+
+
+@lru_cache
+def driver() -> Any:
+    """libcuda, for the one driver call that CuPy does not offer."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        library.cuTensorMapEncodeTiled.restype = ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailable(f"the CUDA driver is missing or older than CUDA 12 ({error}): install or update it") from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.cuTensorMapEncodeTiled.argtypes = [
+        pointer, number, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer, number, number, number, number,
+    ]  # fmt: skip
+    return library
+
+
+def _expand(path: Path, seen: set[str]) -> str:
+    lines = []
+    for line in path.read_text().splitlines():
+        include = re.match(r'#include "(\w+\.cuh)"', line)
+        if include is None:
+            lines.append("" if line == "#pragma once" else line)
+        elif include[1] not in seen:
+            seen.add(include[1])
+            lines.append(_expand(SOURCES / include[1], seen))
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""The whole call on the GPU: the four stages one after another on the current stream, without a look back at the host."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ...problem import KeySummary, Problem
+from ...trace import Trace
+from .attend import attend
+from .compress import pool, to_half
+from .scores import UNITS, score_units
+from .select import BlockMask, select_words, to_bool
+from .shapes import check_supported
+
+
+class DeviceTrace(Trace):
+    """A Trace whose mask and counts stay on the GPU until they are read: only reading them waits for the device."""
+
+    def __init__(self, kernel: str, lse: Any, block_mask: BlockMask, anchors: Any, problem: Problem) -> None:
+        self.kernel, self.lse, self.anchors = kernel, lse, anchors
+        self.visible_blocks = total_visible_blocks(problem)
+        self.qc = self.kc = self.mean = self.peak = None
+        self._block_mask, self._problem = block_mask, problem
+
+    @property
+    def mask(self) -> Any:  # type: ignore[override]
+        """[Hq, Nq, Nk] bool."""
+        return to_bool(self._block_mask, self._problem)
+
+    @property
+    def kept_blocks(self) -> float:  # type: ignore[override]
+        """Selected blocks, plus r / S for each visible block that was not."""
+        selected = int(self._block_mask.counts.sum(dtype=np.int64)) * self._block_mask.heads_per_row
+        config = self._problem.config
+        return selected + min(config.key_anchors / config.block_size, 1.0) * (self.visible_blocks - selected)
+
+
+def run_sparse(
+    q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None = None, keep_scores: bool = False
+) -> tuple[Any, Trace]:
+    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace (with scores if keep_scores)."""
+    check_supported(problem, q.dtype)
+    pooled = pool(q, k, problem, np.float16, with_keys=key_summary is None, with_anchors=key_summary is None)
+    kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, problem), key_summary.anchors)
+    if problem.config.key_anchors == 0:
+        anchors = None
+    units, peak = score_units(pooled.qc, kc, problem, clear=keep_scores)
+    mask = select_words(units, peak, problem)
+    result = attend(q, k, v, mask, anchors, problem)
+    trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
+    if keep_scores:
+        trace.qc, trace.kc = pooled.qc.astype(np.float32), kc.astype(np.float32)
+        trace.mean, trace.peak = units.astype(np.float32) / np.float32(UNITS), peak
+    return result.out, trace
+
+
+def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
+    """Dense attention: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace."""
+    check_supported(problem, q.dtype)
+    result = attend(q, k, v, None, None, problem)
+    visible = total_visible_blocks(problem)
+    return result.out, Trace(kernel=f"{result.kernel} dense", kept_blocks=visible, visible_blocks=visible, lse=result.lse)
+
+
+@lru_cache(maxsize=1024)
+def total_visible_blocks(problem: Problem) -> int:
+    """Visible blocks, summed over query heads and query blocks."""
+    return sum(problem.visible_blocks(i) for i in range(problem.num_q_blocks)) * problem.num_q_heads

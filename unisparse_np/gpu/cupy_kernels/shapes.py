@@ -1,0 +1,85 @@
+"""A Problem as the kernels see it: the struct of cuda/shape.cuh, by value."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ...errors import InvalidInput
+from ...problem import Problem, ceil_div
+
+ANCHOR_TILE = 128  # compact anchor keys of one rank are padded to whole tiles
+BLOCK_SIZES = (64, 128, 256)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+LOG2_E = 1.4426950408889634
+
+_FIELDS = [
+    "q_len", "k_len", "q_offset", "causal", "num_q_heads", "num_kv_heads", "num_composite_heads", "num_composite_kv_heads",
+    "head_compress", "block_size", "q_compress", "k_compress", "heads_per_mask", "num_q_blocks", "num_k_blocks",
+    "num_q_composites", "num_k_composites", "sink_blocks", "local_blocks", "key_anchors", "words_per_row", "anchor_pitch",
+]  # fmt: skip
+SHAPE = np.dtype([*((name, np.int32) for name in _FIELDS), ("scale_log2", np.float32)])
+
+
+@lru_cache(maxsize=1024)
+def shape_of(problem: Problem, heads_per_mask: int = 1, key_anchors: int | None = None) -> np.ndarray:
+    """The struct for one problem. heads_per_mask: query heads that share a row of the block mask; key_anchors: 0 for dense."""
+    config = problem.config
+    values = {
+        **{name: getattr(problem, name) for name in _FIELDS if hasattr(problem, name)},
+        **{name: getattr(config, name) for name in _FIELDS if hasattr(config, name)},
+        "q_offset": problem.q_offset or 0,
+        "heads_per_mask": heads_per_mask,
+        "key_anchors": config.key_anchors if key_anchors is None else key_anchors,
+        "words_per_row": words_per_row(problem),
+        "anchor_pitch": anchor_pitch(problem),
+        "scale_log2": (problem.scale or 0.0) * LOG2_E,
+    }
+    shape = np.zeros(1, SHAPE)
+    for name in SHAPE.names or ():
+        shape[name] = values[name]
+    return shape.view(f"V{SHAPE.itemsize}")
+
+
+def words_per_row(problem: Problem) -> int:
+    """32-bit words of one row of the block mask."""
+    return ceil_div(problem.num_k_blocks, 32)
+
+
+def anchor_pitch(problem: Problem) -> int:
+    """Rows of the compact anchors of one rank: a key block each, in whole tiles."""
+    return ceil_div(problem.num_k_blocks, ANCHOR_TILE) * ANCHOR_TILE
+
+
+def check_supported(problem: Problem, dtype: Any) -> None:
+    """Raises InvalidInput for what these kernels do not do: other block sizes, head dims and dtypes, or a scale of 0 or less."""
+    if str(dtype) not in ("float16", "bfloat16"):
+        raise InvalidInput(f"dtype {dtype}: the cupy backend takes float16 and bfloat16; cast q, k, v, or use backend='reference'")
+    check_shape(problem)
+
+
+def check_shape(problem: Problem) -> None:
+    """The part of check_supported that needs no array."""
+    if problem.config.block_size not in BLOCK_SIZES:
+        raise InvalidInput(
+            f"block_size={problem.config.block_size}: the cupy backend takes 64, 128 and 256; change it, or use backend='reference'"
+        )
+    if problem.head_dim not in HEAD_DIMS:
+        raise InvalidInput(
+            f"head_dim={problem.head_dim}: the cupy backend takes {', '.join(map(str, HEAD_DIMS))}; pad it, or use backend='reference'"
+        )
+    if not (problem.scale or 0.0) > 0.0:
+        raise InvalidInput(f"scale={problem.scale}: the cupy backend needs a scale above 0; negate q instead, or use backend='reference'")
+
+
+def element_strides(x: Any) -> tuple[np.int64, np.int64]:
+    """Head and row stride of x [H, L, d] in elements."""
+    return np.int64(x.strides[0] // x.itemsize), np.int64(x.strides[1] // x.itemsize)
+
+
+def aligned(x: Any) -> Any:
+    """x [H, L, d] itself when rows are contiguous and begin on 16-byte boundaries (what the loads need), otherwise a copy."""
+    contiguous_rows = x.strides[2] == x.itemsize and x.strides[0] % 16 == 0 and x.strides[1] % 16 == 0 and x.data.ptr % 16 == 0
+    return x if contiguous_rows and min(x.strides) > 0 else x.copy(order="C")
