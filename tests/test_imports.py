@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "comparison": {"attention", "reference", "gpu", "parallel", *FOUNDATION},
     "model": {"attention", "parallel", *FOUNDATION},
     "evaluation": {"model", "attention", "config_file", "version", *FOUNDATION},
+    "inspection": {"model", "comparison", "attention", "reference", *FOUNDATION},
     "__init__": {"attention", "comparison", "model", "parallel", "version", *FOUNDATION},
-    "cli": {"evaluation", "config_file", "model", "comparison", "attention", "version", *FOUNDATION},
+    "cli": {"evaluation", "inspection", "config_file", "model", "comparison", "attention", "version", *FOUNDATION},
     "__main__": {"cli"},
 }
 ONLY_IMPORTED_IN = {"cupy": "gpu.cupy_kernels", "numba": "gpu.numba_kernels"}
