@@ -114,13 +114,22 @@ def load_backend(name: str) -> Any:
         backend = importlib.import_module(BACKENDS[name])
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("unisparse_np"):
-            raise BackendUnavailable(f"the {name} backend is not part of this version: use backend='reference'") from error
+            raise BackendUnavailable(f"the {name} backend is not part of this version; backend='reference' is") from error
         raise BackendUnavailable(
-            f"the {name} backend needs {error.name}: install it with  pip install 'unisparse-np[gpu]'  or use backend='reference'"
+            f"the {name} backend needs {error.name}, which is not installed: pip install 'unisparse-np[gpu]'"
         ) from error
     if backend.__file__ is None:  # a folder without code
-        raise BackendUnavailable(f"the {name} backend is not part of this version: use backend='reference'")
+        raise BackendUnavailable(f"the {name} backend is not part of this version; backend='reference' is")
     return backend
+
+
+def choose_backend() -> tuple[str, str]:
+    """What "auto" means for a whole model -> (name, reason): cupy where it and a GPU it can use are here, otherwise reference."""
+    try:
+        load_backend("cupy")
+    except BackendUnavailable as error:
+        return "reference", f"NumPy; not cupy: {error}"
+    return "cupy", "CuPy and a GPU are here"
 
 
 def _run(

@@ -23,7 +23,7 @@ def test_a_terminal_sees_tokens_speed_and_density(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.stderr", terminal)
     read_a_prompt(quiet=False)
     shown = terminal.getvalue()
-    assert "Reading" in shown and "2500/2500" in shown and "tokens/s, density 0.25" in shown
+    assert "Reading" in shown and "2500/2500" in shown and "tokens/s, 0 s left, density 0.25" in shown
 
 
 @pytest.mark.parametrize(("stream", "quiet"), [(io.StringIO, False), (Terminal, True)])

@@ -27,11 +27,18 @@ class PrefillBar:
             return
         if self._bar is None:
             self._bar = click.progressbar(
-                length=total, label="Reading", file=sys.stderr, show_pos=True, show_percent=False, item_show_func=lambda item: item
+                length=total,
+                label="Reading",
+                file=sys.stderr,
+                show_pos=True,
+                show_percent=False,
+                show_eta=False,  # click's own appears only after several updates; a prompt may have two chunks
+                item_show_func=lambda item: item,
             )
             self._bar.__enter__()
         rate = tokens_done / max(time.perf_counter() - self._started, 1e-9)
-        self._bar.update(tokens_done - self._bar.pos, f"{rate:,.0f} tokens/s, density {density_so_far:.2f}")
+        left = (total - tokens_done) / rate
+        self._bar.update(tokens_done - self._bar.pos, f"{rate:,.0f} tokens/s, {left:.0f} s left, density {density_so_far:.2f}")
         if tokens_done >= total:
             self.close()
 
@@ -43,3 +50,29 @@ class PrefillBar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+class CountBar:
+    """Call it with (done, total); it draws how many are done and the time left, on a terminal only."""
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        self._label = label
+        self._shown = not quiet and sys.stderr.isatty()
+        self._bar: Any = None
+
+    def __enter__(self) -> CountBar:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            self._bar = click.progressbar(length=total, label=self._label, file=sys.stderr, show_pos=True, show_eta=True)
+            self._bar.__enter__()
+        self._bar.length = total
+        self._bar.update(done - self._bar.pos)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
-from ..attention import load_backend
-from ..errors import BackendUnavailable
+from ..attention import choose_backend, load_backend
 from .config import ModelConfig
 from .llama import Llama
 from .tokenizer import Tokenizer
@@ -17,7 +16,7 @@ def load(path: str | Path, backend: str = "auto", dtype: str = "auto", max_conte
     """Load a folder as transformers saves it: config.json, safetensors weights, tokenizer.json.
 
     Args:
-        backend: auto (cupy where it can run, otherwise reference), reference, numba or cupy.
+        backend: auto (cupy where it can run, otherwise reference; which and why is printed on stderr), reference, numba or cupy.
         dtype: how weights are held: auto (the backend's measured choice), float32, float16, bfloat16, or float64, which
             also computes in float64 (for tests).
         max_context: the most positions a sequence may have, instead of the config's max_position_embeddings.
@@ -30,14 +29,8 @@ def load(path: str | Path, backend: str = "auto", dtype: str = "auto", max_conte
     folder = Path(path)
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    engine = _backend_for_models(backend)
+    if backend == "auto":
+        backend, reason = choose_backend()
+        print(f"backend   {backend} ({reason})", file=sys.stderr)
+    engine = load_backend(backend)
     return Llama(config, load_weights(folder, config, engine.layers, dtype), engine, max_context), tokenizer
-
-
-def _backend_for_models(name: str) -> Any:
-    if name != "auto":
-        return load_backend(name)
-    try:
-        return load_backend("cupy")
-    except BackendUnavailable:
-        return load_backend("reference")
