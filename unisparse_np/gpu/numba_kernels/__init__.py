@@ -1,0 +1,47 @@
+"""The four stages as Numba CUDA kernels, written to be followed line by line, on a GPU or in Numba's simulator.
+
+Read compress.py, scores.py, select.py and attend.py beside the reference's files of the same names; tile.py holds the matrix
+product that scores.py and attend.py share. Without a GPU, set NUMBA_ENABLE_CUDASIM=1 before Python starts: the kernels
+then run as plain Python, and a debugger steps through them thread by thread.
+
+xp is NumPy: the model keeps its weights and its cache on the host, and each attention call carries q, k and v over. These
+kernels are for understanding; `cupy` is the backend for speed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from ...errors import BackendUnavailable
+
+if not cuda.is_available():
+    raise BackendUnavailable(
+        "the numba backend found no CUDA GPU: set NUMBA_ENABLE_CUDASIM=1 before Python starts to run its kernels in Numba's simulator, "
+        "or use backend='reference'"
+    )
+
+from .tile import IN_SIMULATOR
+
+if IN_SIMULATOR:
+    from .simulator import repair
+
+    repair()
+
+from . import layers
+from .anchors import find_anchors
+from .attend import dense_attention, sparse_attention
+from .compress import compress
+from .device import as_numpy, from_any, to_kind_of
+from .key_summary import RunningKeySummary
+from .run import check_finite, run_dense, run_sparse
+from .scores import score_blocks
+from .select import select_blocks
+
+__all__ = [
+    "RunningKeySummary", "as_numpy", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "layers", "name",
+    "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+]  # fmt: skip
+
+name = "numba"
+xp = np

@@ -1,0 +1,94 @@
+"""The matrix product that two kernels share: a tile of rows times a tile of keys, in shared memory and registers.
+
+A CUDA block of THREADS x THREADS threads computes the tile `sums[row, key] = sum over dims of a[row, dim] * b[key, dim]`.
+
+* Shared memory holds a *slice* of the tile: all rows and all keys, but only SLICE dims of them, so any head_dim fits.
+* Thread (ty, tx) owns rows ty, ty + THREADS, ty + 2 THREADS, ... and keys tx, tx + THREADS, ...: a small square in
+  registers. One number read from shared memory is used once for each row (or key) of the square, which is what makes the
+  kernel fast: a thread a score would read two numbers for every multiplication.
+* Neighbouring threads own neighbouring keys, and a slice has one column more than it needs: both keep the 32 threads of a
+  warp on 32 different banks of shared memory.
+
+In Numba's simulator a thread is a Python thread, so tiles are small there. The kernels are the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import config, cuda
+
+IN_SIMULATOR = bool(config.ENABLE_CUDASIM)
+
+
+class Tile(NamedTuple):
+    """Sizes that a kernel is compiled for.
+
+    threads: along each side of the CUDA block. rows, keys: owned by one thread. slice: dims held in shared memory.
+    value_keys: keys whose values are held in shared memory.
+    """
+
+    threads: int
+    rows: int
+    keys: int
+    slice: int
+    value_keys: int
+
+
+def attention_tile(real: type, head_dim: int) -> Tile:
+    """Step 6: as large as 48 KB of shared memory and 255 registers a thread allow."""
+    if IN_SIMULATOR:
+        return Tile(threads=2, rows=4, keys=4, slice=16, value_keys=8)
+    if real is np.float64:
+        return Tile(threads=16, rows=2, keys=2, slice=16, value_keys=8 if head_dim <= 128 else 4)
+    return Tile(threads=16, rows=4, keys=4, slice=32, value_keys=16 if head_dim <= 128 else 8)
+
+
+def score_tile(real: type) -> Tile:
+    """Steps 2-3: a query block has few composite rows (16 by default), so a thread owns one row of many keys."""
+    if IN_SIMULATOR:
+        return Tile(threads=2, rows=2, keys=4, slice=16, value_keys=0)
+    return Tile(threads=16, rows=1, keys=4, slice=32 if real is np.float32 else 16, value_keys=0)
+
+
+@cache
+def slice_loader(tile: Tile) -> Any:
+    """Device function: target[dim, n] = source[positions[n], start + dim], 0 where there is none."""
+    SLICE, STRIDE = tile.slice, tile.threads * tile.threads
+
+    @cuda.jit(device=True)
+    def load_slice(target, source, positions, start, head_dim, thread):
+        for item in range(thread, positions.size * SLICE, STRIDE):  # neighbouring threads read neighbouring dims
+            n, dim = item // SLICE, item % SLICE
+            if positions[n] >= 0 and start + dim < head_dim:
+                target[dim, n] = source[positions[n], start + dim]
+            else:
+                target[dim, n] = 0
+
+    return load_slice
+
+
+@cache
+def product_adder(tile: Tile) -> Any:
+    """Device function: sums [ROWS, KEYS] += this slice's products, for the rows and keys of thread (ty, tx).
+
+    They are summed in `part` [ROWS, KEYS] first: short running sums round less.
+    """
+    THREADS, ROWS, KEYS, SLICE = tile.threads, tile.rows, tile.keys, tile.slice
+
+    @cuda.jit(device=True)
+    def add_products(sums, part, row_slice, key_slice, ty, tx):
+        for m in range(ROWS):
+            for n in range(KEYS):
+                part[m, n] = 0
+        for dim in range(SLICE):
+            for m in range(ROWS):
+                for n in range(KEYS):  # the compiler unrolls both and reads each row and key once
+                    part[m, n] += row_slice[dim, ty + m * THREADS] * key_slice[dim, tx + n * THREADS]
+        for m in range(ROWS):
+            for n in range(KEYS):
+                sums[m, n] += part[m, n]
+
+    return add_products
