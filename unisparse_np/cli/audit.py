@@ -79,7 +79,7 @@ def _check_flags(
 
 def _audit_stages(backend: str, dtype: str, reading: Reading | None, layers: tuple[int, ...], as_json: bool) -> None:
     """Print the stage table; exit code 1 on a mismatch."""
-    from ..inspection.prompt import one_of, sparse_configs
+    from ..inspection.prompt import sparse_configs, sparse_layer
     from ..inspection.stage_audit import DTYPES, USUAL_DTYPES, as_dict, audit_layers, audit_random
     from ..inspection.stage_audit_text import stage_table
 
@@ -88,10 +88,7 @@ def _audit_stages(backend: str, dtype: str, reading: Reading | None, layers: tup
     chosen: list[int] | None = None
     if reading is not None and layers:
         count = reading.model.config.num_hidden_layers
-        sparse = sparse_configs(reading.attention, count)
-        chosen = sorted({one_of("--layer", layer, count) for layer in layers})
-        if dense := [layer for layer in chosen if layer not in sparse]:
-            raise InvalidInput(f"--layer {dense[0]} is dense, so it has no sparse stages: give one of {', '.join(map(str, sparse))}")
+        chosen = sorted({sparse_layer(layer, sparse_configs(reading.attention, count), count) for layer in layers})
     reports = list(audit_random(backend, USUAL_DTYPES if dtype == "auto" else (dtype,)))
     if reading is not None:
         reports += audit_layers(reading.model, reading.token_ids, reading.attention, chosen)

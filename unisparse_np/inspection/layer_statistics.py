@@ -63,7 +63,7 @@ class SparseAttentionMeter:
     def __call__(self, layer: int, q: Any, k: Any, v: Any, out: Any, trace: Trace) -> None:
         for number, config in enumerate(self._configs.get(layer, ())):
             totals = self._totals.setdefault((layer, number), [_HeadTotals() for _ in range(q.shape[0])])
-            _measure(q, k, v, out, trace.lse, config, self._backend, totals)
+            _measure(q, k, v, out, config, self._backend, totals)
 
     def statistics(self, layer: int, number: int = 0) -> list[HeadStatistics]:
         """One entry a head, for the layer's config of that number."""
@@ -95,8 +95,8 @@ class _HeadTotals:
         )
 
 
-def _measure(q: Any, k: Any, v: Any, out: Any, lse: Any, config: UniSparseConfig, backend: Any, totals: list[_HeadTotals]) -> None:
-    """Add one chunk: q, out [Hq, T, d], k, v [Hkv, Lk, d], lse [Hq, T] of dense attention; totals: one a head."""
+def _measure(q: Any, k: Any, v: Any, out: Any, config: UniSparseConfig, backend: Any, totals: list[_HeadTotals]) -> None:
+    """Add one chunk: q, out [Hq, T, d], k, v [Hkv, Lk, d], of dense attention; totals: one a head."""
     sparse_out, trace = unisparse_attention(q, k, v, config, backend=backend.name, return_trace=True)
     problem = Problem(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], config)
     mask, mean, anchors = (backend.as_numpy(x) for x in (trace.mask, trace.mean, trace.anchors))
@@ -107,7 +107,7 @@ def _measure(q: Any, k: Any, v: Any, out: Any, lse: Any, config: UniSparseConfig
         kv_head = head // problem.group_size
         for i in range(problem.num_q_blocks):
             rows = slice(*problem.query_range(i))
-            weights = attention_weights(q[head, rows], k[kv_head], lse[head, rows], i, problem, backend.xp)  # [rows, keys]
+            weights = attention_weights(q[head, rows], k[kv_head], i, problem, backend.xp)  # [rows, keys]
             _add_query_block(total, weights, mask[head, i], anchors[kv_head], mean[head // config.head_compress, i], i, problem, backend)
 
 

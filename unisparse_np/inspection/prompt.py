@@ -39,6 +39,14 @@ def per_layer(attention: Attention, num_layers: int) -> list[AttentionConfig]:
     return [attention] * num_layers if isinstance(attention, (str, UniSparseConfig)) else list(attention)
 
 
+def sparse_layer(layer: int, configs: dict[int, UniSparseConfig], num_layers: int) -> int:
+    """The layer's number, counted from the end when negative. Raises InvalidInput when it is dense or out of range."""
+    layer = one_of("--layer", layer, num_layers)
+    if layer not in configs:
+        raise InvalidInput(f"--layer {layer} is dense, so it drops nothing: give one of {', '.join(map(str, configs))}")
+    return layer
+
+
 def one_of(name: str, value: int, count: int) -> int:
     """`value`, counted from the end when negative. Raises InvalidInput when there is no such layer, head or block."""
     if not -count <= value < count:

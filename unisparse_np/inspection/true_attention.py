@@ -7,11 +7,10 @@ from typing import Any
 from ..problem import Problem
 
 
-def attention_weights(q: Any, k: Any, lse: Any, i: int, problem: Problem, xp: Any) -> Any:
+def attention_weights(q: Any, k: Any, i: int, problem: Problem, xp: Any) -> Any:
     """Softmax weights of query block i over its visible keys -> [rows, visible keys] float32 or wider.
 
-    q [rows, d] of one head and this block, k [Lk, d], lse [rows]: the log-sum-exp that dense attention returned, so that
-    exp(score - lse) is the weight itself. xp: the array library of the three.
+    q [rows, d] of one head and this block, k [Lk, d]; xp: their array library.
     """
     wide = xp.promote_types(q.dtype, xp.float32)
     visible = problem.visible_keys(i)
@@ -19,7 +18,8 @@ def attention_weights(q: Any, k: Any, lse: Any, i: int, problem: Problem, xp: An
     if problem.causal:
         rows = problem.query_positions(i)[0] + xp.arange(len(q))
         scores = xp.where(xp.arange(visible) > rows[:, None], -xp.inf, scores)
-    return xp.exp(scores - lse[:, None].astype(wide))
+    weights = xp.exp(scores - scores.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def mass_per_block(weights: Any, block_size: int, xp: Any) -> Any:
