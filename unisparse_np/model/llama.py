@@ -44,15 +44,22 @@ class Llama:
         self._dtype = self._layers.compute_dtype(weights.embedding.dtype)
 
     # ---- what callers use ----
-    def new_cache(self, capacity: int, attention: Attention = "dense") -> KVCache:
+    def new_cache(self, capacity: int, attention: Attention = "dense", *, prompt_tokens: int | None = None) -> KVCache:
         """Room for `capacity` tokens.
+
+        Args:
+            prompt_tokens: length of a prompt that will be read in several calls, by which rotary frequencies that depend on
+                the length are fixed. None: by the first call's length.
 
         Raises:
             InvalidInput: more than the model's positions, or an attention list that does not fit the layers.
         """
         self._attention_per_layer(attention)
         self._check_positions(capacity)
-        return KVCache(self.config, capacity, self.backend, self._dtype)
+        cache = KVCache(self.config, capacity, self.backend, self._dtype)
+        if prompt_tokens is not None:
+            self._begin(cache, prompt_tokens)
+        return cache
 
     def prefill(
         self,

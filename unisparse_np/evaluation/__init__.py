@@ -1,0 +1,1 @@
+"""What sparse attention costs a model in quality, measured: suites of examples, their results file, and the search for a config."""
