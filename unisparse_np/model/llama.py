@@ -21,6 +21,8 @@ from .weights import LayerWeights, Weights
 Attention = AttentionConfig | Sequence[AttentionConfig]
 Progress = Callable[[int, int, float], None]
 Observer = Callable[[int, Any, Any, Any, Any, Trace], None]  # layer, q [Hq, T, d], k and v [Hkv, Lk, d], out [Hq, T, d], trace
+# SmolLM2, 4,096 tokens: 256, 512, 1,024 and 2,048 take the same processor time within 2 %, and 2,048 takes 51 MiB more than
+# 1,024; smaller chunks widen 16-bit weights more often (6 % of the time at 256, 2 % at 1,024).
 DEFAULT_CHUNK_SIZE = 1024
 
 
