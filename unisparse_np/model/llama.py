@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,9 @@ class Llama:
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         if len(token_ids) == 0:
             raise InvalidInput("the prompt has no tokens: give at least one")
+        for token_id in token_ids:
+            if not isinstance(token_id, Integral):
+                raise InvalidInput(f"token id {token_id!r} is not a whole number: give the ids that the tokenizer makes")
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
