@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/attention_gpu.py [--quick]
 
-q [32, L, 128], k, v [8, L, 128], bfloat16, causal, batch 1. Median of CUDA-event times; sparse rates count listed blocks.
+q [32, L, 128], k, v [8, L, 128], bfloat16, causal, batch 1. Median of CUDA-event times, CuPy and PyTorch both on
+the default stream; sparse rates count listed blocks.
 PyTorch runs flash (FlashAttention 2) and cuDNN attention, and FlexAttention on the very same block mask. A single wide
 matrix product marks the ceiling. Results go to benchmarks/results/attention_gpu_<device>.json.
 """
@@ -26,6 +27,7 @@ from unisparse_np import Problem, UniSparseConfig
 from unisparse_np.gpu import cupy_kernels as engine
 from unisparse_np.gpu.cupy_kernels import attend
 from unisparse_np.gpu.cupy_kernels.compress import pool
+from unisparse_np.gpu.cupy_kernels.plan import plan_of
 from unisparse_np.gpu.cupy_kernels.scores import score_units
 from unisparse_np.gpu.cupy_kernels.select import from_bool, select_words
 
@@ -110,7 +112,7 @@ def sparse(length: int, density: float, rows: list, dim: int = HEAD_DIM, size: i
     words = from_bool(cupy.asarray(mask))
     q_, k_, v_ = map(as_cupy, (q, k, v))
     flop = listed_flop(mask, size, dim)
-    ms = median_ms(lambda: attend.attend(q_, k_, v_, words, None, problem))
+    ms = median_ms(lambda: attend.attend(q_, k_, v_, words, None, plan_of(problem)))
     report(rows, work="sparse", length=length, kernel="ours", ms=ms, flop=flop, density=density, head_dim=dim, block_size=size)
     if with_flex:
         ms = median_ms(flex(q, k, v, mask))
@@ -137,22 +139,22 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: np.ndarray) ->
 
 def selection(length: int, name: str, config: UniSparseConfig, rows: list) -> None:
     q, k, _ = map(as_cupy, inputs(length))
-    problem = Problem(NUM_Q_HEADS, NUM_KV_HEADS, length, length, HEAD_DIM, config)
+    plan = plan_of(Problem(NUM_Q_HEADS, NUM_KV_HEADS, length, length, HEAD_DIM, config))
 
     def pooled() -> Any:
-        return pool(q, k, problem, np.float16, with_keys=True, with_anchors=config.key_anchors > 0)
+        return pool(q, k, plan, np.float16, with_keys=True, with_anchors=config.key_anchors > 0)
 
     qc, kc, _ = pooled()
-    units, peak = score_units(qc, kc, problem)
+    units, peak = score_units(qc, kc, plan)
 
     def whole() -> None:
         a, b, _ = pooled()
-        select_words(*score_units(a, b, problem), problem)
+        select_words(*score_units(a, b, plan), plan)
 
     parts = {
         "compress": pooled,
-        "score_blocks": lambda: score_units(qc, kc, problem),
-        "select_blocks": lambda: select_words(units, peak, problem),
+        "score_blocks": lambda: score_units(qc, kc, plan),
+        "select_blocks": lambda: select_words(units, peak, plan),
         "all": whole,
     }
     for part, run in parts.items():
@@ -174,7 +176,7 @@ def anchors(length: int, density: float, rows: list) -> None:
     problem = Problem(NUM_Q_HEADS, NUM_KV_HEADS, length, length, HEAD_DIM, UniSparseConfig())
     positions = engine.find_anchors(k, 128, 1)
     for name, given in (("without anchors", None), ("with anchors", positions)):
-        ms = median_ms(lambda given=given: attend.attend(q, k, v, words, given, problem))
+        ms = median_ms(lambda given=given: attend.attend(q, k, v, words, given, plan_of(problem)))
         report(rows, work="sparse", length=length, kernel=name, ms=ms, density=density)
 
 
@@ -208,29 +210,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="no FlexAttention, no 128K")
     quick = parser.parse_args().quick
-    stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)
     rows: list[dict[str, Any]] = []
-    with torch.cuda.stream(stream):
-        matmul_ceiling(rows)
-        for length in (8192, 32768) if quick else (8192, 32768, 131072):
-            dense(length, rows)
-        dense_sm80(32768, rows)
-        for density in (0.25, 0.5):
-            sparse(32768, density, rows, with_flex=not quick)
-        sparse(32768, 0.25, rows, dim=64, size=64)
-        sparse(32768, 0.25, rows, dim=64, size=128)
-        sparse(32768, 0.25, rows, dim=128, size=64)
-        for length in (8192, 32768) if quick else (8192, 32768, 131072):
-            selection(length, "c = 8", UniSparseConfig(), rows)
-            if length > 8192:
-                selection(length, "precise", UniSparseConfig.precise(), rows)
-        if not quick:
-            selection(131072, "head_compress = 4", UniSparseConfig(head_compress=4), rows)
-            selection(131072, "c = 32", UniSparseConfig(q_compress=32, k_compress=32), rows)
-            whole_call(131072, 0.47, rows)
-            whole_call(131072, 0.09, rows)
-            anchors(131072, 0.1, rows)
-        host_time(rows)
+    matmul_ceiling(rows)
+    for length in (8192, 32768) if quick else (8192, 32768, 131072):
+        dense(length, rows)
+    dense_sm80(32768, rows)
+    for density in (0.25, 0.5):
+        sparse(32768, density, rows, with_flex=not quick)
+    sparse(32768, 0.25, rows, dim=64, size=64)
+    sparse(32768, 0.25, rows, dim=64, size=128)
+    sparse(32768, 0.25, rows, dim=128, size=64)
+    for length in (8192, 32768) if quick else (8192, 32768, 131072):
+        selection(length, "c = 8", UniSparseConfig(), rows)
+        if length > 8192:
+            selection(length, "precise", UniSparseConfig.precise(), rows)
+    if not quick:
+        selection(131072, "head_compress = 4", UniSparseConfig(head_compress=4), rows)
+        selection(131072, "c = 32", UniSparseConfig(q_compress=32, k_compress=32), rows)
+        whole_call(131072, 0.47, rows)
+        whole_call(131072, 0.09, rows)
+        anchors(131072, 0.1, rows)
+    host_time(rows)
     device = torch.cuda.get_device_name().lower().replace(" ", "_")
     facts = {"device": torch.cuda.get_device_name(), "driver": cupy.cuda.runtime.driverGetVersion(), "torch": torch.__version__}
     result = {"stamp": stamp("cupy-cuda13x") | facts, "rows": rows}

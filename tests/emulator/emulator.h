@@ -29,6 +29,7 @@
 
 struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
+struct uint2 { uint32_t x, y; };
 struct float2 { float x, y; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
@@ -314,19 +315,19 @@ struct Descriptor {
   uint16_t k_major(Block* b, int row, int k) const { return element_at(b, swizzle(address + (row >> 3) * stride + (row & 7) * 128 + k * 2)); }
   uint16_t mn_major(Block* b, int n, int k) const { return element_at(b, swizzle(address + (n >> 6) * leading + (k >> 3) * stride + (k & 7) * 128 + (n & 63) * 2)); }
 };
-template <int N> inline void wgmma_shared(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
+template <int N, class Convert> inline void wgmma_shared_any(float (&d)[N], uint64_t a, uint64_t b, int accumulate, Convert convert) {
   Block* block = fibre->block;
   const int t = fibre->thread & 127, lane = t & 31, row = (t >> 5) * 16 + (lane >> 2), column = (lane & 3) * 2;
   float* out = d;
   fibre->wgmma_open.push_back([=] {
     const Descriptor da(a), db(b);
     float rows[2][16];
-    for (int h = 0; h < 2; ++h) for (int k = 0; k < 16; ++k) rows[h][k] = to_float(da.k_major(block, row + 8 * h, k));
+    for (int h = 0; h < 2; ++h) for (int k = 0; k < 16; ++k) rows[h][k] = convert(da.k_major(block, row + 8 * h, k));
     for (int j = 0; j < N / 4; ++j)
       for (int e = 0; e < 2; ++e) {
         float sum[2] = {accumulate ? out[4 * j + e] : 0.f, accumulate ? out[4 * j + 2 + e] : 0.f};
         for (int k = 0; k < 16; ++k) {
-          const float y = to_float(db.k_major(block, 8 * j + column + e, k));
+          const float y = convert(db.k_major(block, 8 * j + column + e, k));
           sum[0] += rows[0][k] * y;
           sum[1] += rows[1][k] * y;
         }
@@ -335,6 +336,8 @@ template <int N> inline void wgmma_shared(float (&d)[N], uint64_t a, uint64_t b,
       }
   });
 }
+template <int N> inline void wgmma_shared(float (&d)[N], uint64_t a, uint64_t b, int accumulate) { wgmma_shared_any(d, a, b, accumulate, to_float); }
+template <int N> inline void wgmma_shared_half(float (&d)[N], uint64_t a, uint64_t b, int accumulate) { wgmma_shared_any(d, a, b, accumulate, half_to_float); }
 // The left operand lives in the registers of the four lanes of a quad: each lane publishes where its own are.
 inline std::map<std::pair<Block*, int>, std::map<long, const uint32_t*>> operand_board;
 template <int N> inline void wgmma_registers(float (&d)[N], uint32_t& a0, uint32_t&, uint32_t&, uint32_t&, uint64_t b) {

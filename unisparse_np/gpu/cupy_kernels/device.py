@@ -40,22 +40,29 @@ def num_multiprocessors() -> int:
     return cupy.cuda.Device().attributes["MultiProcessorCount"]
 
 
+@lru_cache
 def source(name: str) -> str:
     """A .cu file with the project's own headers put in their places: CuPy's cache looks at this text alone."""
     return _expand(SOURCES / name, set())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def kernel(file: str, name: str, shared_bytes: int, **defines: int) -> Any:
     """A kernel of a .cu file, compiled for this device (CuPy keeps the result on disk) and given its shared memory."""
-    options = ["-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+    code = source(file)
+    options = ["-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()) if key in code)]
     if capability() == (9, 0):
         options.append("-arch=sm_90a")  # wgmma and setmaxnreg; CuPy's own -arch=sm_90 comes after it and yields
-    module = cupy.RawModule(code=source(file), options=tuple(options), backend="nvrtc", name_expressions=None)
+    module = _module(code, tuple(options))
     function = module.get_function(name)
     if shared_bytes > 48 * 1024:
         function.max_dynamic_shared_size_bytes = shared_bytes
     return function
+
+
+@lru_cache(maxsize=256)
+def _module(code: str, options: tuple[str, ...]) -> Any:
+    return cupy.RawModule(code=code, options=options, backend="nvrtc")
 
 
 def tensor_map(x: Any, rows: int) -> np.ndarray:

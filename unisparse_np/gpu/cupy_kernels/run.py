@@ -11,9 +11,10 @@ from ...problem import KeySummary, Problem
 from ...trace import Trace
 from .attend import attend
 from .compress import pool, to_half
+from .plan import plan_of
 from .scores import UNITS, score_units
 from .select import BlockMask, select_words, to_bool
-from .shapes import check_supported
+from .shapes import check_dtype
 
 
 class DeviceTrace(Trace):
@@ -26,7 +27,7 @@ class DeviceTrace(Trace):
         self._block_mask, self._problem = block_mask, problem
 
     @property
-    def mask(self) -> Any:  # type: ignore[override]
+    def mask(self) -> Any:
         """[Hq, Nq, Nk] bool."""
         return to_bool(self._block_mask, self._problem)
 
@@ -42,14 +43,15 @@ def run_sparse(
     q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None = None, keep_scores: bool = False
 ) -> tuple[Any, Trace]:
     """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace (with scores if keep_scores)."""
-    check_supported(problem, q.dtype)
-    pooled = pool(q, k, problem, np.float16, with_keys=key_summary is None, with_anchors=key_summary is None)
-    kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, problem), key_summary.anchors)
+    check_dtype(q.dtype)
+    plan = plan_of(problem)
+    pooled = pool(q, k, plan, np.float16, with_keys=key_summary is None, with_anchors=key_summary is None)
+    kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, plan), key_summary.anchors)
     if problem.config.key_anchors == 0:
         anchors = None
-    units, peak = score_units(pooled.qc, kc, problem, clear=keep_scores)
-    mask = select_words(units, peak, problem)
-    result = attend(q, k, v, mask, anchors, problem)
+    units, peak = score_units(pooled.qc, kc, plan, clear=keep_scores)
+    mask = select_words(units, peak, plan)
+    result = attend(q, k, v, mask, anchors, plan)
     trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
     if keep_scores:
         trace.qc, trace.kc = pooled.qc.astype(np.float32), kc.astype(np.float32)
@@ -59,8 +61,8 @@ def run_sparse(
 
 def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
     """Dense attention: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace."""
-    check_supported(problem, q.dtype)
-    result = attend(q, k, v, None, None, problem)
+    check_dtype(q.dtype)
+    result = attend(q, k, v, None, None, plan_of(problem))
     visible = total_visible_blocks(problem)
     return result.out, Trace(kernel=f"{result.kernel} dense", kept_blocks=visible, visible_blocks=visible, lse=result.lse)
 

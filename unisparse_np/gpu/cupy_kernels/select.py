@@ -10,9 +10,9 @@ import numpy as np
 
 from ...config import PerHead
 from ...problem import Problem, ceil_div
-from .device import kernel
+from .plan import Plan, plan_of
 from .scores import UNITS
-from .shapes import check_shape, shape_of, words_per_row
+from .shapes import words_per_row
 
 WARPS = 4
 
@@ -30,13 +30,14 @@ class BlockMask(NamedTuple):
 
 def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
     """Steps 4-5. mean, peak [Hc, Nq, Nk] -> mask [Hq, Nq, Nk] bool, composite heads repeated. peak is read under a row threshold only."""
-    check_shape(problem)
+    plan = plan_of(problem)
     units = cupy.rint(cupy.asarray(mean, dtype=np.float32) * np.float32(UNITS)).astype(np.uint32)
-    return to_bool(select_words(cupy.ascontiguousarray(units), peak, problem), problem)
+    return to_bool(select_words(cupy.ascontiguousarray(units), peak, plan), problem)
 
 
-def select_words(units: Any, peak: Any, problem: Problem) -> BlockMask:
+def select_words(units: Any, peak: Any, plan: Plan) -> BlockMask:
     """The same from scores in units, as words; what invisible blocks hold does not matter."""
+    problem = plan.problem
     words = cupy.empty((problem.num_composite_heads, problem.num_q_blocks, words_per_row(problem)), np.uint32)
     counts = cupy.empty(words.shape[:2], np.int32)
     rules = (
@@ -44,9 +45,8 @@ def select_words(units: Any, peak: Any, problem: Problem) -> BlockMask:
         _per_head(problem.config.row_threshold, problem.num_composite_heads, "float32"),
     )
     shared = WARPS * 32 * words_per_row(problem) * 4
-    function = kernel("select.cu", "select_blocks", shared, IS_FLOAT16=1)
-    shape = shape_of(problem)
-    arguments = (units, np.uint64(0) if peak is None else peak, *rules, shape, words, counts)
+    function = plan.kernel("select.cu", "select_blocks", shared)
+    arguments = (units, np.uint64(0) if peak is None else peak, *rules, plan.shape(), words, counts)
     function((ceil_div(counts.size, WARPS),), (32 * WARPS,), arguments, shared_mem=shared)
     return BlockMask(words, counts, problem.config.head_compress)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ...errors import InvalidInput
@@ -23,8 +23,7 @@ _FIELDS = [
 SHAPE = np.dtype([*((name, np.int32) for name in _FIELDS), ("scale_log2", np.float32)])
 
 
-@lru_cache(maxsize=1024)
-def shape_of(problem: Problem, heads_per_mask: int = 1, key_anchors: int | None = None) -> np.ndarray:
+def shape_of(problem: Problem, heads_per_mask: int, key_anchors: int) -> np.ndarray:
     """The struct for one problem. heads_per_mask: query heads that share a row of the block mask; key_anchors: 0 for dense."""
     config = problem.config
     values = {
@@ -32,7 +31,7 @@ def shape_of(problem: Problem, heads_per_mask: int = 1, key_anchors: int | None 
         **{name: getattr(config, name) for name in _FIELDS if hasattr(config, name)},
         "q_offset": problem.q_offset or 0,
         "heads_per_mask": heads_per_mask,
-        "key_anchors": config.key_anchors if key_anchors is None else key_anchors,
+        "key_anchors": key_anchors,
         "words_per_row": words_per_row(problem),
         "anchor_pitch": anchor_pitch(problem),
         "scale_log2": (problem.scale or 0.0) * LOG2_E,
@@ -53,15 +52,14 @@ def anchor_pitch(problem: Problem) -> int:
     return ceil_div(problem.num_k_blocks, ANCHOR_TILE) * ANCHOR_TILE
 
 
-def check_supported(problem: Problem, dtype: Any) -> None:
-    """Raises InvalidInput for what these kernels do not do: other block sizes, head dims and dtypes, or a scale of 0 or less."""
-    if str(dtype) not in ("float16", "bfloat16"):
+def check_dtype(dtype: Any) -> None:
+    """Raises InvalidInput for dtypes that these kernels do not take."""
+    if dtype != np.float16 and dtype != ml_dtypes.bfloat16:
         raise InvalidInput(f"dtype {dtype}: the cupy backend takes float16 and bfloat16; cast q, k, v, or use backend='reference'")
-    check_shape(problem)
 
 
 def check_shape(problem: Problem) -> None:
-    """The part of check_supported that needs no array."""
+    """Raises InvalidInput for what these kernels do not do: other block sizes and head dims, or a scale of 0 or less."""
     if problem.config.block_size not in BLOCK_SIZES:
         raise InvalidInput(
             f"block_size={problem.config.block_size}: the cupy backend takes 64, 128 and 256; change it, or use backend='reference'"

@@ -11,7 +11,7 @@
 //   dead end: skipping the rescale of the accumulator when no maximum moved (slower: the vote costs more than it saves)
 //
 // A thread block is one producer warpgroup (one warp of it works) and CONSUMERS consumer warpgroups of 64 query rows.
-// Blocks of 64 tokens run one consumer a thread block and two thread blocks a multiprocessor instead.
+// Blocks of 64 tokens run one consumer a thread block and two (head_dim 64: three) thread blocks a multiprocessor.
 //
 // Shared memory, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]):
 //   Q   Q_STAGES x BM x HEAD_DIM      query tile
@@ -28,9 +28,9 @@
 #define Q_STAGES (CONSUMERS == 2 ? 2 : 1)
 #define KV_STAGES (HEAD_DIM == 64 ? 3 : 2)
 #define THREADS (128 * (CONSUMERS + 1))
-#define BLOCKS_PER_SM (CONSUMERS == 2 ? 1 : 2)
-#define PRODUCER_REGISTERS 40
-#define CONSUMER_REGISTERS (CONSUMERS == 2 ? 232 : 208)
+#define BLOCKS_PER_SM (CONSUMERS == 2 ? 1 : HEAD_DIM == 64 ? 3 : 2)
+#define PRODUCER_REGISTERS (BLOCKS_PER_SM == 3 ? 24 : 40)
+#define CONSUMER_REGISTERS (BLOCKS_PER_SM == 1 ? 232 : BLOCKS_PER_SM == 2 ? 208 : 136)
 #define CONSUMER_WARPS (4 * CONSUMERS)
 
 #define Q_BYTES (BM * HEAD_DIM * 2)

@@ -39,24 +39,27 @@ DEVICE void write_composite(const float (&mean)[8], int64_t at, int lane, uint32
 // norms, if given, receives the squared norm of every row: norms[member * BLOCK_SIZE + token % BLOCK_SIZE].
 DEVICE void pool(float (&mean)[8], Input x, int first_head, int members, int start, int stop, float* norms) {
   const int lane = threadIdx.x & 31, part = lane / LANES_PER_ROW, column = (lane % LANES_PER_ROW) * 8;
-  const int tokens = stop - start, rows = members * tokens;
+  const int tokens = stop - start;
 #pragma unroll
   for (int i = 0; i < 8; ++i) mean[i] = 0.f;
+  for (int member = 0; member < members; ++member) {
+    const uint16_t* from = x.data + (first_head + member) * x.head_stride + start * x.row_stride + column;
 #pragma unroll 4
-  for (int r0 = 0; r0 < rows; r0 += ROWS_AT_ONCE) {
-    const int r = r0 + part, member = r / tokens, token = start + r % tokens;
-    int4 raw = make_int4(0, 0, 0, 0);
-    if (r < rows && column < HEAD_DIM) raw = *(const int4*)(x.data + (first_head + member) * x.head_stride + token * x.row_stride + column);
-    const float2 a = unpack(raw.x), b = unpack(raw.y), c = unpack(raw.z), d = unpack(raw.w);
-    mean[0] += a.x; mean[1] += a.y; mean[2] += b.x; mean[3] += b.y;
-    mean[4] += c.x; mean[5] += c.y; mean[6] += d.x; mean[7] += d.y;
-    if (norms) {
-      float n = a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y;
-      for (int step = LANES_PER_ROW / 2; step; step >>= 1) n += __shfl_xor_sync(0xffffffffu, n, step);
-      if (r < rows && column == 0) norms[member * BLOCK_SIZE + token % BLOCK_SIZE] = n == n ? n : INFINITY_F;
+    for (int r0 = 0; r0 < tokens; r0 += ROWS_AT_ONCE) {
+      const int r = r0 + part;
+      int4 raw = make_int4(0, 0, 0, 0);
+      if (r < tokens && column < HEAD_DIM) raw = *(const int4*)(from + r * x.row_stride);
+      const float2 a = unpack(raw.x), b = unpack(raw.y), c = unpack(raw.z), d = unpack(raw.w);
+      mean[0] += a.x; mean[1] += a.y; mean[2] += b.x; mean[3] += b.y;
+      mean[4] += c.x; mean[5] += c.y; mean[6] += d.x; mean[7] += d.y;
+      if (norms) {
+        float n = a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y;
+        for (int step = LANES_PER_ROW / 2; step; step >>= 1) n += __shfl_xor_sync(0xffffffffu, n, step);
+        if (r < tokens && column == 0) norms[member * BLOCK_SIZE + (start + r) % BLOCK_SIZE] = n == n ? n : INFINITY_F;
+      }
     }
   }
-  const float share = 1.f / rows;
+  const float share = 1.f / (members * tokens);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     for (int step = LANES_PER_ROW; step < 32; step *= 2) mean[i] += __shfl_xor_sync(0xffffffffu, mean[i], step);

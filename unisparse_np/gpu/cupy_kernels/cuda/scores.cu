@@ -5,14 +5,13 @@
 //      sums the exact shares per block. mma.sync in float16 with float32 accumulators; 32 composite queries a warp, their
 //      fragments in registers, 256 a thread block, so that keys are read from the L2 once for 256 queries
 //   2  in the first pass every lane keeps a softmax of its own columns; lanes meet once, at the end
-//   3  the sums of several blocks are folded across the warp together (a transposing butterfly), not one by one
 //
 // Scores are whole numbers, in units of 2^-30 of a query block's mass: their sums do not depend on the order, so that results
 // are the same to the bit in every run and for every chunking.
 //
 // Shared memory: Q [ROWS][PITCH] (only at the start), then the same room as two stages of K [COLUMNS][PITCH].
 // QUERIES_PER_BLOCK = S / c_q composite queries and KEYS_PER_BLOCK = S / c_k composite keys make a block (powers of two).
-#include "shape.cuh"
+#include "composites.cuh"
 
 #define WARPS 8
 #define ROWS (32 * WARPS)
@@ -24,7 +23,6 @@
 #define TILE_BYTES (COLUMNS * ROW_BYTES)
 #define Q_BYTES (ROWS * ROW_BYTES)
 #define SHARED_BYTES (Q_BYTES > 2 * TILE_BYTES ? Q_BYTES : 2 * TILE_BYTES)
-#define UNIT 1073741824.f  // 2^30
 
 #define BLOCKS_PER_STEP (KEYS_PER_BLOCK >= STEP ? 1 : STEP / KEYS_PER_BLOCK)
 #define STEPS_PER_BLOCK (KEYS_PER_BLOCK <= STEP ? 1 : KEYS_PER_BLOCK / STEP)
@@ -63,13 +61,6 @@ struct Queries {  // a warp's 32 composite queries as left operands, two m16 til
     }
   }
 };
-
-// Step 2's rule: composite key u is visible to composite query t up to the one that holds t's last position.
-DEVICE int last_visible_composite(const Shape& shape, int t) {
-  if (t >= shape.num_q_composites) return -1;
-  if (!shape.causal) return shape.num_k_composites - 1;
-  return (shape.q_offset + min(shape.q_len, (t + 1) * shape.q_compress) - 1) / shape.k_compress;
-}
 
 DEVICE void hide(float (&z)[2][STEP / 8][4], const int (&last)[2][2], int first, int lane) {
 #pragma unroll

@@ -1,0 +1,257 @@
+// Steps 2-3 on Hopper, in one pass: compressed attention by wgmma, kept as sums of 16 keys, and their merger into block scores.
+//
+// Version ladder (figures and verdicts: docs/kernels.md)
+//   1  scores.cu: two passes of mma.sync; the products and the exponentials are done twice
+//   2  this: one pass. A tile of 64 queries x 128 keys is exponentiated against its own row maximum, so that tiles depend on
+//      nothing; what leaves is, for each query, 8 sums of 16 keys (float16) and the maximum: 1/13 of the scores' bytes.
+//      merge_scores then knows every maximum, forms the log-sum-exp and the exact shares, and adds them up per block.
+//      Four warpgroups a thread block overlap each other's products and exponentials: both units are busy about as long.
+//
+// For QUERIES_PER_BLOCK >= 16 and KEYS_PER_BLOCK 16, 32 or 64; scores.cu does the rest.
+// A stored sum lies between 2^-24 and 16 of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
+// under 1e-7 of the row. Rows are normalised by the stored sums, so that they still sum to 1.
+//
+// Shared memory of score_tiles, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]):
+//   Q [ROWS], K_STAGES x K [COLUMNS], barriers. Of merge_scores: log-sum-exp [QUERIES_PER_BLOCK], mean [Nk], peak [Nk].
+#include "composites.cuh"
+#include "hopper.cuh"
+
+#define CONSUMERS 4
+#define ROWS (64 * CONSUMERS)
+#define COLUMNS 128
+#define GROUP 16                      // keys a stored sum
+#define GROUPS (COLUMNS / GROUP)      // stored sums a tile and query
+#define K_STAGES 4
+#define THREADS (128 * (CONSUMERS + 1))
+#define Q_BYTES (ROWS * HEAD_DIM * 2)
+#define K_BYTES (COLUMNS * HEAD_DIM * 2)
+#define K_AT Q_BYTES
+#define BARRIERS_AT (K_AT + K_STAGES * K_BYTES)
+#define SHARED_BYTES (BARRIERS_AT + 128 + 1024)
+#define Q_FULL (barriers)
+#define K_FULL(i) (barriers + 8 + 8 * (i))
+#define K_EMPTY(i) (barriers + 8 + 8 * (K_STAGES + (i)))
+
+// Eight values a lane, summed over the four lanes of a quad: lane t of it ends with sums 2 t and 2 t + 1.
+DEVICE float2 sum_quad(const float (&x)[GROUPS], int t) {
+  float y[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float keep = t & 2 ? x[i + 4] : x[i], give = t & 2 ? x[i] : x[i + 4];
+    y[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+  }
+  float2 z;
+  z.x = (t & 1 ? y[2] : y[0]) + __shfl_xor_sync(0xffffffffu, t & 1 ? y[0] : y[2], 1);
+  z.y = (t & 1 ? y[3] : y[1]) + __shfl_xor_sync(0xffffffffu, t & 1 ? y[1] : y[3], 1);
+  return z;
+}
+
+// One tile of scores: sums[2] for the thread's two rows, and their maxima in units of log2.
+DEVICE void exponentiate(const float (&s)[COLUMNS / 2], float c, int t, float2 (&sums)[2], float (&highest)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float x = fmaxf(s[2 * half], s[2 * half + 1]), y = fmaxf(s[4 + 2 * half], s[5 + 2 * half]);
+#pragma unroll
+    for (int j = 2; j < COLUMNS / 8; j += 2) {
+      x = fmaxf(x, fmaxf(s[4 * j + 2 * half], s[4 * j + 1 + 2 * half]));
+      y = fmaxf(y, fmaxf(s[4 * j + 4 + 2 * half], s[4 * j + 5 + 2 * half]));
+    }
+    highest[half] = quad_max(fmaxf(x, y)) * c;
+    const float base = highest[half] == -INFINITY_F ? 0.f : highest[half];  // a row that sees nothing of this tile
+    float group[GROUPS];
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      const float* z = s + 8 * g + 2 * half;
+      group[g] = (exp2_fast(fmaf(z[0], c, -base)) + exp2_fast(fmaf(z[1], c, -base))) + (exp2_fast(fmaf(z[4], c, -base)) + exp2_fast(fmaf(z[5], c, -base)));
+    }
+    sums[half] = sum_quad(group, t);
+  }
+}
+
+// Grid: (ceil(Tq / ROWS), composite heads of this launch). queries, keys: maps over qc [Hc, Tq, d], kc [Hkc, Tk, d] float16.
+// sums [heads, ceil(Tq / 16), tiles, 16, GROUPS] float16, maxima [heads, ceil(Tq / 16), tiles, 16]; only visible tiles are written.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
+    const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, const Shape shape, int first_head,
+    uint32_t* __restrict__ sums, float* __restrict__ maxima)
+{
+  DYNAMIC_SHARED(shared);
+  const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
+  const uint32_t barriers = base + BARRIERS_AT;
+  const int thread = threadIdx.x, lane = thread & 31;
+  const int warpgroup = __shfl_sync(0xffffffffu, thread >> 7, 0);
+  const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the longest first
+  const int head = first_head + blockIdx.y;
+  const int last_of_block = last_visible_composite(shape, min(first_row + ROWS, shape.num_q_composites) - 1);
+  const int tiles = last_of_block / COLUMNS + 1;
+
+  if (thread == 0) {
+    barrier_init(Q_FULL, 1);
+    for (int i = 0; i < K_STAGES; ++i) { barrier_init(K_FULL(i), 1); barrier_init(K_EMPTY(i), 4 * CONSUMERS); }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  int stage = 0;
+  uint32_t parity = 0;
+  const auto advance = [&] { if (++stage == K_STAGES) { stage = 0; parity ^= 1; } };
+
+  if (warpgroup == 0) {
+    registers_release<32>();
+    if (thread == 0) {
+      const int kc_head = head / (shape.num_composite_heads / shape.num_composite_kv_heads);
+      barrier_arrive_expecting(Q_FULL, Q_BYTES);
+      tma_load(base, &queries, Q_FULL, first_row, head, L2_EVICT_FIRST);
+      for (int n = 0; n < tiles; ++n) {
+        barrier_wait(K_EMPTY(stage), parity ^ 1);
+        barrier_arrive_expecting(K_FULL(stage), K_BYTES);
+        tma_load(base + K_AT + stage * K_BYTES, &keys, K_FULL(stage), n * COLUMNS, kc_head, L2_EVICT_LAST);
+        advance();
+      }
+    }
+  } else {
+    registers_acquire<112>();
+    const int wg_row = first_row + 64 * (warpgroup - 1);
+    const int row16 = lane >> 2, t = lane & 3;
+    const int group16 = wg_row / 16 + ((thread & 127) >> 5);  // the warp's 16 queries
+    const int last0 = last_visible_composite(shape, 16 * group16 + row16), last1 = last_visible_composite(shape, 16 * group16 + row16 + 8);
+    const int least = wg_row + 64 <= shape.num_q_composites ? last_visible_composite(shape, wg_row) : -1;
+    const int stop = wg_row < shape.num_q_composites ? last_visible_composite(shape, min(wg_row + 64, shape.num_q_composites) - 1) : -1;
+    const bool exists = 16 * group16 < shape.num_q_composites;
+    const int pitch = ceil_div(shape.num_k_composites, COLUMNS);
+    const int64_t at = ((int64_t)blockIdx.y * ceil_div(shape.num_q_composites, 16) + group16) * pitch;
+    const uint64_t q_tile = tile_descriptor(base + (warpgroup - 1) * (64 * 128), 16);
+    const float c = shape.scale_log2;
+    barrier_wait(Q_FULL, 0);
+#pragma unroll 1
+    for (int n = 0; n < tiles; ++n) {
+      barrier_wait(K_FULL(stage), parity);
+      if (n * COLUMNS <= stop) {
+        float s[COLUMNS / 2];
+        const uint64_t k_tile = tile_descriptor(base + K_AT + stage * K_BYTES, 16);
+        pin(s);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < HEAD_DIM / 16; ++step) {
+          const int panel = step >> 2, column = (step & 3) * 2;
+          wgmma_shared_half(s, q_tile + panel * (ROWS * 128 / 16) + column, k_tile + panel * (COLUMNS * 128 / 16) + column, step > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(s);
+        if (lane == 0) barrier_arrive(K_EMPTY(stage));
+        if (n * COLUMNS + COLUMNS - 1 > least) {
+          const int d0 = last0 - n * COLUMNS - 2 * t, d1 = last1 - n * COLUMNS - 2 * t;
+#pragma unroll
+          for (int j = 0; j < COLUMNS / 8; ++j) {
+            if (8 * j > d0) s[4 * j] = -INFINITY_F;
+            if (8 * j + 1 > d0) s[4 * j + 1] = -INFINITY_F;
+            if (8 * j > d1) s[4 * j + 2] = -INFINITY_F;
+            if (8 * j + 1 > d1) s[4 * j + 3] = -INFINITY_F;
+          }
+        }
+        float2 sum[2];
+        float highest[2];
+        exponentiate(s, c, t, sum, highest);
+        if (exists) {
+          uint32_t* tile_sums = sums + (at + n) * (16 * GROUPS / 2);
+          tile_sums[row16 * (GROUPS / 2) + t] = pack_half(sum[0].x, sum[0].y);
+          tile_sums[(row16 + 8) * (GROUPS / 2) + t] = pack_half(sum[1].x, sum[1].y);
+          if (t < 2) maxima[(at + n) * 16 + row16 + 8 * t] = t ? highest[1] : highest[0];
+        }
+      } else if (lane == 0) {
+        barrier_arrive(K_EMPTY(stage));
+      }
+      advance();
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ merger
+#define MERGE_THREADS 128
+#define GROUPS_PER_BLOCK (KEYS_PER_BLOCK / GROUP)
+#define BLOCKS_PER_LANE (4 / GROUPS_PER_BLOCK)
+
+struct FourSums {  // a lane's share of a tile: half a query's sums
+  float x[4];
+  DEVICE explicit FourSums(const uint2* sums) {
+    const uint2 raw = *sums;
+    x[0] = from_half((uint16_t)raw.x);
+    x[1] = from_half((uint16_t)(raw.x >> 16));
+    x[2] = from_half((uint16_t)raw.y);
+    x[3] = from_half((uint16_t)(raw.y >> 16));
+  }
+};
+
+// Grid: (Nq, composite heads of this launch). Reads what score_tiles wrote; mean [Hc, Nq, Nk] in units, peak [Hc, Nq, Nk] or null.
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
+    const uint2* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, uint32_t* __restrict__ mean,
+    float* __restrict__ peak)
+{
+  DYNAMIC_SHARED(shared);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row16 = lane >> 1, side = lane & 1;
+  const int q_block = gridDim.x - 1 - blockIdx.x;
+  const int first_query = q_block * QUERIES_PER_BLOCK, exist = min(QUERIES_PER_BLOCK, shape.num_q_composites - first_query);
+  const int tiles = last_visible_composite(shape, first_query + exist - 1) / COLUMNS + 1;
+  const int pitch = ceil_div(shape.num_k_composites, COLUMNS), blocks = pitch * (COLUMNS / KEYS_PER_BLOCK);
+  const int64_t head_at = (int64_t)blockIdx.y * ceil_div(shape.num_q_composites, 16);
+  float* mean_here = (float*)shared;         // [blocks]
+  float* peak_here = mean_here + blocks;     // [blocks]
+  float* log_sums = peak_here + blocks;      // [16]
+  float* warp_max = log_sums + 16;           // [4][16]
+  float* warp_sum = warp_max + 4 * 16;       // [4][16]
+
+  for (int rows = 0; rows < exist; rows += 16) {
+    const int64_t at = (head_at + (first_query + rows) / 16) * pitch;
+    float highest = -INFINITY_F, sum = 0.f;
+    for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
+      const FourSums s(sums + (at + n) * (16 * GROUPS / 4) + lane);
+      const float here = maxima[(at + n) * 16 + row16], next = fmaxf(highest, here);
+      if (next == -INFINITY_F) continue;
+      sum = sum * exp2_fast(highest - next) + ((s.x[0] + s.x[1]) + (s.x[2] + s.x[3])) * exp2_fast(here - next);
+      highest = next;
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);  // both sides of a query have the same maximum
+    if (side == 0) {
+      warp_max[warp * 16 + row16] = highest;
+      warp_sum[warp * 16 + row16] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < 16) {
+      float all = -INFINITY_F, total = 0.f;
+      for (int w = 0; w < 4; ++w) all = fmaxf(all, warp_max[w * 16 + threadIdx.x]);
+      for (int w = 0; w < 4; ++w)
+        if (warp_max[w * 16 + threadIdx.x] > -INFINITY_F) total += warp_sum[w * 16 + threadIdx.x] * exp2_fast(warp_max[w * 16 + threadIdx.x] - all);
+      log_sums[threadIdx.x] = total > 0.f ? all + log2_fast(total) : INFINITY_F;  // a query that does not exist gives 0 to all
+    }
+    __syncthreads();
+    const float log_sum = log_sums[row16];
+    for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
+      const FourSums s(sums + (at + n) * (16 * GROUPS / 4) + lane);
+      const float weight = exp2_fast(maxima[(at + n) * 16 + row16] - log_sum);
+#pragma unroll
+      for (int b = 0; b < BLOCKS_PER_LANE; ++b) {
+        float share = 0.f;
+#pragma unroll
+        for (int g = 0; g < GROUPS_PER_BLOCK; ++g) share += s.x[b * GROUPS_PER_BLOCK + g];
+        share = weight > 0.f ? share * weight : 0.f;
+        float most = share;
+#pragma unroll
+        for (int bit = 2; bit < 32; bit *= 2) {
+          share += __shfl_xor_sync(0xffffffffu, share, bit);
+          if (peak) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
+        }
+        const int block = n * (COLUMNS / KEYS_PER_BLOCK) + side * BLOCKS_PER_LANE + b;
+        if (lane < 2) {  // the same lane every time: sums keep their order
+          mean_here[block] = share + (rows ? mean_here[block] : 0.f);
+          if (peak) peak_here[block] = fmaxf(most, rows ? peak_here[block] : 0.f);
+        }
+      }
+    }
+    __syncthreads();
+  }
+  const int64_t out_at = ((int64_t)(first_head + blockIdx.y) * shape.num_q_blocks + q_block) * shape.num_k_blocks;
+  const int visible = visible_blocks(shape, q_block);
+  for (int j = threadIdx.x; j < visible; j += MERGE_THREADS) {
+    mean[out_at + j] = (uint32_t)__float2int_rn(mean_here[j] * (UNIT / exist));
+    if (peak) peak[out_at + j] = peak_here[j];
+  }
+}
