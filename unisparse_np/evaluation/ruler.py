@@ -61,20 +61,18 @@ def _largest_that_fits(
     low_tokens = tokens(best)
     if low_tokens > budget:
         return None
-    first, first_tokens = low, low_tokens
     high: int | None = None
     guess = 2 * low + 8
-    while high is None or high - low > 1:
+    while True:
         made = make(guess)
         count = tokens(made)
-        per_unit = max(1.0, (count - first_tokens) / (guess - first))
+        per_unit = max(1.0, (count - low_tokens) / (guess - low))  # the slope from the last size that fitted
         if count <= budget:
             low, low_tokens, best = guess, count, made
         else:
             high = guess
-        if budget - low_tokens < max(per_unit, budget / 1000):
-            break
+        if budget - low_tokens < max(per_unit, budget / 1000) or (high is not None and high - low < 2):
+            return best
         guess = low + max(1, int((budget - low_tokens) / per_unit))
-        if high is not None and guess >= high:
-            guess = (low + high) // 2
-    return best
+        if high is not None:
+            guess = min(guess, high - 1)
