@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Reading:
     token_ids: list[int]
     attention: Attention
     chunk_size: int | None
+    model_name: str
 
 
 def open_reading(
@@ -53,7 +55,16 @@ def open_reading(
     from ..model.loading import load
 
     model, tokenizer = load(model_dir, backend=backend, dtype=dtype, max_context=max_context)
-    return Reading(model, tokenizer, encode_prompt(model, tokenizer, prompt_text, chosen, raw), chosen, chunk_size)
+    return Reading(
+        model, tokenizer, encode_prompt(model, tokenizer, prompt_text, chosen, raw), chosen, chunk_size, Path(model_dir).resolve().name
+    )
+
+
+def check_prompt(reading: Reading, attention: Attention) -> None:
+    """Refuse a second attention that has nothing to choose from in this prompt. Raises InvalidInput."""
+    from ..inspection.prompt import check_length
+
+    check_length(reading.model, reading.token_ids, attention)
 
 
 class PhaseBar(AbstractContextManager["PhaseBar"]):

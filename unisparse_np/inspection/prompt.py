@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
@@ -15,15 +17,21 @@ def encode_prompt(model: Llama, tokenizer: Tokenizer, text: str, attention: Atte
     Raises:
         InvalidInput: no layer is sparse, or the prompt does not fill one block of a sparse layer and begin a second.
     """
-    configs = sparse_configs(attention, model.config.num_hidden_layers)
+    sparse_configs(attention, model.config.num_hidden_layers)
     token_ids = tokenizer.encode_prompt(text, raw=raw)
+    check_length(model, token_ids, attention)
+    return token_ids
+
+
+def check_length(model: Llama, token_ids: Sequence[int], attention: Attention) -> None:
+    """Raises InvalidInput as `encode_prompt`."""
+    configs = sparse_configs(attention, model.config.num_hidden_layers)
     block_size = max(config.block_size for config in configs.values())
     if len(token_ids) <= block_size:
         raise InvalidInput(
             f"the prompt has {len(token_ids)} tokens, one block of {block_size} at most, so there is nothing to choose from: "
             "give a longer prompt, or a smaller --block-size"
         )
-    return token_ids
 
 
 def sparse_configs(attention: Attention, num_layers: int) -> dict[int, UniSparseConfig]:

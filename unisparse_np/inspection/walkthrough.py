@@ -191,8 +191,9 @@ def _walk(
     anchors = reference.find_anchors(k, config.block_size, config.key_anchors)[kv_head]  # [N, r]
     positions = reference.attend.attended_positions(mask[head, 0], anchors, 0, problem)  # [n]
     one = slice(head, head + 1)
-    sparse, _ = reference.attend.attend_block(q[one], k[kv_head], v[kv_head], positions, 0, problem)  # [1, rows, d]
-    dense, _ = reference.attend.attend_block(q[one], k[kv_head], v[kv_head], np.arange(k.shape[1]), 0, problem)
+    scaled = reference.attend.scaled(q[one], problem)  # [1, rows, d]
+    sparse, _ = reference.attend.attend_block(scaled, k[kv_head], v[kv_head], positions, 0, problem)  # [1, rows, d]
+    dense, _ = reference.attend.attend_block(scaled, k[kv_head], v[kv_head], np.arange(k.shape[1]), 0, problem)
     weights = attention_weights(q[head], k[kv_head], 0, problem, np)  # [rows, keys]
     return Walkthrough(
         layer=layer,
