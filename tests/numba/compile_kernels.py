@@ -10,8 +10,9 @@ import sys
 import types
 
 import numpy as np
-from numba import bool_, cuda, float16, float32, float64, int32, int64, uint16, uint32
+from numba import cuda
 from numba.cuda import dispatcher
+from numba.types import bool_, float16, float32, float64, int32, int64, uint16, uint32
 
 CAPABILITIES = ((8, 0), (9, 0))
 
