@@ -57,16 +57,26 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
 
     A 16-bit weight is widened a few rows at a time, so the wide copy never outgrows WIDEN_AT_ONCE.
     """
-    if weight.dtype == x.dtype:
-        out = x @ weight.T  # [T, out]
-    else:
-        out = np.empty((len(x), len(weight)), dtype=x.dtype)
-        rows = max(1, WIDEN_AT_ONCE // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            np.matmul(x, widen(weight[start : start + rows], x.dtype).T, out=out[:, start : start + rows])
+    out = np.empty((len(x), len(weight)), dtype=x.dtype)
+    rows = len(weight) if weight.dtype == x.dtype else max(1, WIDEN_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        wide = weight if weight.dtype == x.dtype else widen(weight[start : start + rows], x.dtype)
+        _multiply(x, wide.T, out[:, start : start + rows])
     if bias is not None:
         out += bias
     return out
+
+
+def _multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+    """out = x @ weight. Many rows are shared out among our own threads: BLAS's would go on spinning for milliseconds after
+    the product, on the cores that attention wants next.
+    """
+    if len(x) < SPLIT_FROM_ROWS:
+        np.matmul(x, weight, out=out)
+        return
+    count = num_threads()
+    edges = [len(x) * n // count for n in range(count + 1)]
+    in_threads(lambda rows: np.matmul(x[slice(*rows)], weight, out=out[slice(*rows)]), list(pairwise(edges)))
 
 
 def widen(weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
