@@ -14,15 +14,7 @@ VERDICTS = {
     "doubtful": f"DOUBTFUL on this text: beyond KL {SAFE_KL} nats or below {SAFE_AGREEMENT:.0%} agreement",
     "unsafe": f"UNSAFE on this text: beyond KL {DOUBTFUL_KL} nats or below {DOUBTFUL_AGREEMENT:.0%} agreement",
 }
-COLUMNS = (  # heading, width, field, as a percentage
-    ("density", 9, "density", True),
-    ("mass kept", 11, "mass_kept", True),
-    ("1% row", 8, "mass_kept_p1", True),
-    ("rank corr", 11, "rank_correlation", False),
-    ("out error", 11, "output_error", True),
-    ("on block 0", 12, "sink_mass", True),
-    ("of it kept", 12, "sink_mass_kept", True),
-)
+COLUMNS = (("density", 9), ("mass kept", 11), ("1% row", 8), ("rank corr", 11), ("out error", 11), ("on block 0", 12), ("of it kept", 12))
 
 
 def audit_text(audit: ModelAudit, all_heads: bool = False) -> str:
@@ -67,7 +59,7 @@ def _predictions(audit: ModelAudit) -> str:
 def _layers(audit: ModelAudit) -> str:
     lines = [
         "each layer by itself, on dense attention's q, k, v: means over heads",
-        f"{'layer':>5}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS) + "   worst head",
+        f"{'layer':>5}" + "".join(f"{heading:>{width}}" for heading, width in COLUMNS) + "   worst head",
     ]
     for layer in sorted({head.layer for head in audit.heads}):
         heads = audit.of_layer(layer)
@@ -77,13 +69,13 @@ def _layers(audit: ModelAudit) -> str:
     lines += [
         "mass kept: share of dense attention's weight on kept blocks and anchors; 1% row: one query in a hundred keeps less",
         "rank corr: Spearman's, compressed block scores with true block masses; out error: |sparse - dense| / |dense|",
-        "on block 0: true weight on the first block (attention sinks), and how much of it sparse attention keeps",
+        "on block 0: true weight on the first block (attention sinks), and the share of it that sparse attention keeps",
     ]
     return "\n".join(lines)
 
 
 def _all_heads(audit: ModelAudit) -> str:
-    lines = ["every head", f"{'layer':>5}{'head':>6}" + "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)]
+    lines = ["every head", f"{'layer':>5}{'head':>6}" + "".join(f"{heading:>{width}}" for heading, width in COLUMNS)]
     return "\n".join(lines + [f"{head.layer:>5}{head.head:>6}" + _cells([head]) for head in audit.heads])
 
 
@@ -110,10 +102,21 @@ def _trial_line(trial: Trial) -> str:
 
 
 def _cells(heads: Sequence[HeadStatistics]) -> str:
-    """Means over heads under COLUMNS; a dash where no head has the number."""
-    cells = []
-    for _, width, name, percent in COLUMNS:
-        values = np.array([getattr(head, name) for head in heads])
-        finite = values[np.isfinite(values)]
-        cells.append(f"{'-':>{width}}" if not finite.size else f"{finite.mean():>{width}.{'1%' if percent else '2f'}}")
-    return "".join(cells)
+    """Means over heads under COLUMNS; a dash where there is no number."""
+    sink, sink_kept = _mean("sink_mass", heads), _mean("sink_mass_kept", heads)
+    texts = (
+        f"{_mean('density', heads):.1%}",
+        f"{_mean('mass_kept', heads):.1%}",
+        f"{_mean('mass_kept_p1', heads):.1%}",
+        f"{_mean('rank_correlation', heads):.2f}",
+        f"{_mean('output_error', heads):.1%}",
+        f"{sink:.1%}",
+        f"{sink_kept / sink:.1%}" if sink > 0 else "-",
+    )
+    return "".join(f"{'-' if 'nan' in text else text:>{width}}" for text, (_, width) in zip(texts, COLUMNS, strict=True))
+
+
+def _mean(name: str, heads: Sequence[HeadStatistics]) -> float:
+    """Over the heads that have the number."""
+    values = np.array([getattr(head, name) for head in heads])
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
