@@ -69,12 +69,15 @@ def _mask_picture(number: int, layer: LayerCapture, tokens: int) -> bytes:
         axes.set_title(f"head {head}: {layer.densities[head]:.3f}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.locator_params(nbins=4)
+        if head + columns >= heads:  # nothing below
+            axes.set_xlabel("key token", fontsize=8)
+            axes.tick_params(labelbottom=True)
+        if head % columns == 0:
+            axes.set_ylabel("query token", fontsize=8)
     used = int(np.bitwise_or.reduce(layer.reasons, axis=None))
     patches = [Patch(color=colour, label=NAMES[reason]) for reason, colour in COLOURS.items() if used & reason]
     patches.append(Patch(color=DROPPED, label="dropped"))
     figure.suptitle(f"Layer {number}: kept blocks and density of each head", fontsize=11)
-    figure.supxlabel("key position (tokens)", fontsize=9)
-    figure.supylabel("query position (tokens)", fontsize=9)
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     return _png(figure)
 
