@@ -115,7 +115,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 def test_help_loads_no_model_code() -> None:
-    loaded = modules_after("import unisparse_np.cli, unisparse_np.cli.generate, unisparse_np.cli.env")
+    loaded = modules_after("import unisparse_np.cli.generate, unisparse_np.cli.eval, unisparse_np.cli.tune, unisparse_np.cli.env")
     for heavy in ("cupy", "numba", "tokenizers", "jinja2", "unisparse_np.model.llama"):
         assert heavy not in loaded, f"the command line loads {heavy} before it is needed"
 

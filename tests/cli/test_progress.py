@@ -1,10 +1,10 @@
-"""The prefill bar: on a terminal only, with tokens, speed, time left and density."""
+"""The prefill bar and the bar that counts: on a terminal only, with what is done, speed and time left."""
 
 import io
 
 import pytest
 
-from unisparse_np.cli.progress import PrefillBar
+from unisparse_np.cli.progress import CountBar, PrefillBar
 
 
 class Terminal(io.StringIO):
@@ -31,4 +31,25 @@ def test_files_and_quiet_users_see_nothing(monkeypatch: pytest.MonkeyPatch, stre
     target = stream()
     monkeypatch.setattr("sys.stderr", target)
     read_a_prompt(quiet)
+    assert target.getvalue() == ""
+
+
+def count(quiet: bool) -> None:
+    with CountBar("Probing", quiet) as bar:
+        for done, total in ((1, 3), (2, 3), (3, 5)):  # a plan may grow
+            bar(done, total)
+
+
+def test_the_count_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    count(quiet=False)
+    assert "Probing" in terminal.getvalue() and "3/5" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("stream", "quiet"), [(io.StringIO, False), (Terminal, True)])
+def test_the_count_is_shown_nowhere_else(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], quiet: bool) -> None:
+    target = stream()
+    monkeypatch.setattr("sys.stderr", target)
+    count(quiet)
     assert target.getvalue() == ""

@@ -10,13 +10,19 @@ import click
 
 from ..errors import InvalidInput
 from .backend import choose_backend
-from .config_text import attentions_of
-from .options import SectionedCommand, Size, flag, in_section, measuring_run_options, output_options, use_device
+from .config_text import TUNED, attentions_of
+from .options import CONFIG_FILE, SectionedCommand, Size, flag, in_section, measuring_run_options, output_options, use_device
 from .progress import CountBar
 
 if TYPE_CHECKING:
     from ..model.tokenizer import Tokenizer
 
+_TITLES = {
+    "ruler": "RULER's tasks, scored by string match",
+    "questions": "Questions, scored by string match",
+    "text": "Predictions of a text, over the second half of each window",
+    "copy": "Quoting 32 tokens after a cue of 48",
+}
 SUITES = ("ruler", "questions", "text", "copy")
 _USED_BY = {"text": ("text", "copy", "ruler"), "questions": ("questions",), "tasks": ("ruler",), "raw": ("ruler", "questions"),
             "lengths": ("ruler", "text", "copy")}  # fmt: skip
@@ -80,6 +86,8 @@ def eval(
     _check_flags(suite, what)
     use_device(device, backend)
     backend = choose_backend(backend, quiet)
+    if not quiet and any(label.split(",")[0] == TUNED for label in attentions):
+        click.echo(f"tuned     {Path(model_dir) / CONFIG_FILE}", err=True)
     from ..evaluation.plot import check_plot, plot_summary  # late, so that help and usage errors come at once
     from ..evaluation.report import as_tables, summarise
     from ..evaluation.results import ResultsFile
@@ -94,7 +102,8 @@ def eval(
     for attention in attentions.values():
         model.new_cache(1, attention)  # has a list of another number of layers refused
     path = Path(results or f"eval-{Path(model_dir).resolve().name}-{suite}.jsonl")
-    with ResultsFile(path, describe_run(chosen, Path(model_dir), model, attentions)) as file:
+    run = describe_run(chosen, Path(model_dir), model, attentions)
+    with ResultsFile(path, run) as file:
         stopped = False
         with CountBar("Measuring", quiet) as bar:
             try:
@@ -104,8 +113,9 @@ def eval(
         records = records_of(chosen, file)
     summary = summarise(suite, records)
     if as_json:
-        click.echo(json.dumps({"suite": suite, "complete": not stopped, "results": str(path), **summary}))
+        click.echo(json.dumps({"run": run, "complete": not stopped, "results": str(path), **summary}))
     else:
+        click.echo(f"{_TITLES[suite]}; {run['model'].split()[0]}, seed {what['seed']}\n")
         click.echo(as_tables(suite, summary))
     if plot is not None and records:
         plot_summary(suite, summary, Path(plot))
