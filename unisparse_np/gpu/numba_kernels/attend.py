@@ -196,7 +196,8 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                     position = positions[first + n]
                     v_slice[n, d] = values[position, d] if position >= 0 and d < head_dim else ZERO
                 cuda.syncthreads()
-                for n in range(VALUE_KEYS):
+                n = 0
+                while n < VALUE_KEYS:  # not range: see tile.py
                     for m in range(ROWS):
                         weight[m] = weights[ty + m * THREADS, first + n]
                     if hidden == 0:
@@ -210,6 +211,7 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                             for m in range(ROWS):
                                 if weight[m] != 0:  # 0 * NaN is NaN: what a row may not see must not be multiplied
                                     sums[m, d] += weight[m] * value
+                    n += 1
                 cuda.syncthreads()
 
         # ---- out = sums / total, lse = highest + log(total) ----

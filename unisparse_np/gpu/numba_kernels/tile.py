@@ -6,8 +6,8 @@ A CUDA block of THREADS x THREADS threads computes the tile `sums[row, key] = su
 * Thread (ty, tx) owns rows ty, ty + THREADS, ty + 2 THREADS, ... and keys tx, tx + THREADS, ...: a small square in
   registers. One number read from shared memory is used once for each row (or key) of the square, which is what makes the
   kernel fast: a thread a score would read two numbers for every multiplication.
-* Neighbouring threads own neighbouring keys, and a slice has one column more than it needs: both keep the 32 threads of a
-  warp on 32 different banks of shared memory.
+* A slice is stored dim by dim, [SLICE, rows + 1]: neighbouring threads read neighbouring keys, and write down a column whose
+  steps the one extra place makes odd. Either way the 32 threads of a warp meet 32 different banks of shared memory.
 
 In Numba's simulator a thread is a Python thread, so tiles are small there. The kernels are the same.
 """
@@ -83,10 +83,13 @@ def product_adder(tile: Tile) -> Any:
         for m in range(ROWS):
             for n in range(KEYS):
                 part[m, n] = 0
-        for dim in range(SLICE):
-            for m in range(ROWS):
-                for n in range(KEYS):  # the compiler unrolls both and reads each row and key once
-                    part[m, n] += row_slice[dim, ty + m * THREADS] * key_slice[dim, tx + n * THREADS]
+        dim = 0
+        while dim < SLICE:  # not range: through it the compiler loses sight of dim >= 0 and works out every address anew
+            for step in range(2):
+                for m in range(ROWS):
+                    for n in range(KEYS):  # these three are unrolled, and each row and key is read once
+                        part[m, n] += row_slice[dim + step, ty + m * THREADS] * key_slice[dim + step, tx + n * THREADS]
+            dim += 2
         for m in range(ROWS):
             for n in range(KEYS):
                 sums[m, n] += part[m, n]
