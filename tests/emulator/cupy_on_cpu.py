@@ -5,12 +5,15 @@ With it the whole backend runs without a GPU, wrappers and kernels alike. Only w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import importlib
 import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,18 +40,17 @@ class ndarray(np.ndarray):
 
 
 @lru_cache
-def library(file: str, kernel: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+def library(folder: Path, file: str, kernel: str, defines: tuple[str, ...]) -> ctypes.CDLL:
     """The shared library of one kernel with its defines; rebuilt when any source changed."""
-    sources = [HERE / "emulator.h", HERE / "launch.cpp", SOURCES / file, *sorted(SOURCES.glob("*.cuh"))]
+    sources = [HERE / "emulator.h", HERE / "launch.cpp", folder / file, *sorted(folder.glob("*.cuh"))]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((file, kernel, defines)).encode()).hexdigest()[:16]
     BUILT.mkdir(exist_ok=True)
     built = BUILT / f"{kernel}_{key}.so"
     if not built.exists():
         unfinished = built.with_suffix(f".{np.random.default_rng().integers(1 << 60)}")
-        command = [
-            "g++", "-O1", "-march=native", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-DUNISPARSE_EMULATOR",
-            f'-DSOURCE="{file}"', f"-DKERNEL={kernel}", *defines, f"-I{HERE}", f"-I{SOURCES}", str(HERE / "launch.cpp"), "-o", str(unfinished),
-        ]  # fmt: skip
+        flags = ["-O1", "-march=native", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-shared", "-DUNISPARSE_EMULATOR"]
+        names = [f'-DSOURCE="{file}"', f"-DKERNEL={kernel}", f"-I{HERE}", f"-I{folder}"]
+        command = ["g++", *flags, *names, *defines, str(HERE / "launch.cpp"), "-o", str(unfinished)]
         subprocess.run(command, check=True)
         unfinished.rename(built)
     return ctypes.CDLL(str(built))
@@ -58,6 +60,7 @@ class Kernel:
     """Called as a RawKernel is: kernel(grid, block, arguments, shared_mem=bytes)."""
 
     seed = 0  # of the emulator's choices; tests change it
+    folder = SOURCES  # tests put a copy with a planted bug here
     launched: list[str] = []  # noqa: RUF012
 
     def __init__(self, file: str, name: str, defines: tuple[str, ...]) -> None:
@@ -65,7 +68,7 @@ class Kernel:
 
     def __call__(self, grid: tuple, block: tuple, arguments: tuple, shared_mem: int = 0) -> None:
         Kernel.launched.append(self.name)
-        built = library(self.file, self.name, self.defines)
+        built = library(Kernel.folder, self.file, self.name, self.defines)
         declared = built.shared_bytes_of_source()
         assert declared in (-1, shared_mem) or self.name == "merge_scores", (
             f"{self.name}: wrapper gives {shared_mem} bytes of shared memory, the source needs {declared}"
@@ -100,21 +103,34 @@ def encode_tensor_map(to: int, _type: int, rank: int, base: Any, sizes: Any, str
     return 0
 
 
-def install(capability: str) -> types.ModuleType:
-    """Put the stand-in where `import cupy` finds it, as a device of this compute capability ("90", "80")."""
+@contextlib.contextmanager
+def installed(capability: str) -> Iterator[types.ModuleType]:
+    """The cupy backend over the stand-in, as if on a device of this compute capability ("90", "80"); undone afterwards."""
+    ours = [name for name in sys.modules if name == "cupy" or name.startswith("unisparse_np.gpu.cupy_kernels")]
+    before = {name: sys.modules.pop(name) for name in ours}
+    sys.modules["cupy"] = _module(capability)
+    try:
+        backend = importlib.import_module("unisparse_np.gpu.cupy_kernels")
+        device = importlib.import_module("unisparse_np.gpu.cupy_kernels.device")
+        device.driver = lambda: types.SimpleNamespace(cuTensorMapEncodeTiled=encode_tensor_map)
+        yield backend
+    finally:
+        for name in [name for name in sys.modules if name == "cupy" or name.startswith("unisparse_np.gpu.cupy_kernels")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _module(capability: str) -> types.ModuleType:
     module = types.ModuleType("cupy")
     module.ndarray = ndarray  # type: ignore[attr-defined]
-    for function in (
-        "asarray", "ascontiguousarray", "empty", "empty_like", "packbits", "repeat", "rint", "stack", "unpackbits", "zeros",
-    ):  # fmt: skip
+    functions = "asarray", "ascontiguousarray", "empty", "empty_like", "packbits", "repeat", "rint", "stack", "unpackbits", "zeros"
+    for function in functions:
         setattr(module, function, _viewing(getattr(np, function)))
     module.asnumpy = np.asarray  # type: ignore[attr-defined]
     module.RawModule = RawModule  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
-    module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        Device=lambda: device, runtime=types.SimpleNamespace(CUDARuntimeError=RuntimeError)
-    )
-    sys.modules["cupy"] = module
+    runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError)
+    module.cuda = types.SimpleNamespace(Device=lambda: device, runtime=runtime)  # type: ignore[attr-defined]
     return module
 
 

@@ -93,7 +93,7 @@ DEVICE void pick_anchors(const float* norms, int first, int count, int key_ancho
 
 // Grid: Hc * Nq thread blocks for the queries, then Hkc * Nk for the keys; first_part leaves out those before it.
 // qc, kc: [heads, tokens, d] as float16 and/or float32, either null; anchors [Hkv, Nk, r] or null.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) compress(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 8) compress(
     const uint16_t* __restrict__ q, const uint16_t* __restrict__ k, int64_t q_head_stride, int64_t q_row_stride, int64_t k_head_stride,
     int64_t k_row_stride, const Shape shape, uint32_t* __restrict__ qc_half, float* __restrict__ qc_single, uint32_t* __restrict__ kc_half,
     float* __restrict__ kc_single, int* __restrict__ anchors, int first_part)

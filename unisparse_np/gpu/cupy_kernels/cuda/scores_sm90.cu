@@ -190,7 +190,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row16 = lane >> 1, side = lane & 1;
   const int q_block = gridDim.x - 1 - blockIdx.x;
   const int first_query = q_block * QUERIES_PER_BLOCK, exist = min(QUERIES_PER_BLOCK, shape.num_q_composites - first_query);
-  const int tiles = last_visible_composite(shape, first_query + exist - 1) / COLUMNS + 1;
   const int pitch = ceil_div(shape.num_k_composites, COLUMNS), blocks = pitch * (COLUMNS / KEYS_PER_BLOCK);
   const int64_t head_at = (int64_t)blockIdx.y * ceil_div(shape.num_q_composites, 16);
   float* mean_here = (float*)shared;         // [blocks]
@@ -199,7 +198,11 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
   float* warp_max = log_sums + 16;           // [4][16]
   float* warp_sum = warp_max + 4 * 16;       // [4][16]
 
+  for (int j = threadIdx.x; j < 2 * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;  // peak_here too
+  __syncthreads();
   for (int rows = 0; rows < exist; rows += 16) {
+    // these queries' own tiles: score_tiles writes no tile that none of them sees
+    const int tiles = last_visible_composite(shape, first_query + min(exist, rows + 16) - 1) / COLUMNS + 1;
     const int64_t at = (head_at + (first_query + rows) / 16) * pitch;
     float highest = -INFINITY_F, sum = 0.f;
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
@@ -241,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
         }
         const int block = n * (COLUMNS / KEYS_PER_BLOCK) + side * BLOCKS_PER_LANE + b;
         if (lane < 2) {  // the same lane every time: sums keep their order
-          mean_here[block] = share + (rows ? mean_here[block] : 0.f);
-          if (peak) peak_here[block] = fmaxf(most, rows ? peak_here[block] : 0.f);
+          mean_here[block] += share;
+          if (peak) peak_here[block] = fmaxf(most, peak_here[block]);
         }
       }
     }

@@ -1,0 +1,138 @@
+"""The CuPy backend's own kernels and wrappers, run on the CPU by the emulator and compared with the reference.
+
+Few and small problems here, each made to hit what could go wrong; -m slow has more seeds, and bugs planted in the sources.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.emulator import cupy_on_cpu
+from unisparse_np import Problem, UniSparseConfig, reference
+from unisparse_np.comparison import TOLERANCES, compare_anchors, compare_masks, compare_outputs, compare_scores
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
+
+CAUSAL_64 = Problem(2, 1, 70, 230, 64, UniSparseConfig(64, 4, 4, 2, top_p=0.3, sink_blocks=0, local_blocks=0), q_offset=130)
+NOT_CAUSAL_128 = Problem(1, 1, 140, 290, 64, UniSparseConfig(top_p=0.2, key_anchors=2, sink_blocks=0), causal=False)
+WIDE_128 = Problem(1, 1, 130, 140, 128, UniSparseConfig(top_p=0.6))
+HALF_BLOCKS_256 = Problem(1, 1, 270, 520, 64, UniSparseConfig(256, 16, 16, top_p=0.3, sink_blocks=0, local_blocks=0))
+# The first 64 composite queries of a block see one tile of 128 composite keys, the others two.
+SPLIT_TILES = Problem(1, 1, 256, 1200, 64, UniSparseConfig(256, 2, 8, top_p=0.5, row_threshold=0.05), q_offset=870)
+
+
+def inputs(problem, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    q = 2 * rng.standard_normal((problem.num_q_heads, problem.q_len, problem.head_dim))
+    k, v = (rng.standard_normal((problem.num_kv_heads, problem.k_len, problem.head_dim)) for _ in range(2))
+    return tuple(x.astype(dtype) for x in (q, k, v))
+
+
+def run(problem, capability, dtype=np.float16, seed=0):
+    """The fused call -> its results as NumPy, and the kernels that ran."""
+    cupy_on_cpu.Kernel.seed = seed
+    cupy_on_cpu.Kernel.launched.clear()
+    q, k, v = inputs(problem, dtype, seed)
+    with cupy_on_cpu.installed(capability) as backend:
+        asarray = sys.modules["cupy"].asarray
+        out, trace = backend.run_sparse(*(asarray(x) for x in (q, k, v)), problem, keep_scores=True)
+        results = [None if x is None else np.asarray(x) for x in (out, trace.mean, trace.peak, trace.mask, trace.anchors, trace.lse)]
+    return (q, k, v), results, list(cupy_on_cpu.Kernel.launched)
+
+
+def check(problem, capability, dtype=np.float16, seed=0):
+    """Every stage within the tolerance table; outputs on the mask that the backend chose."""
+    qkv, (out, mean, peak, mask, anchors, lse), launched = run(problem, capability, dtype, seed)
+    name = np.dtype(dtype).name
+    tolerance = TOLERANCES[name]
+    q, k, v = (x.astype(np.float64) for x in qkv)
+    expected_mean, expected_peak = reference.score_blocks(*reference.compress(q, k, problem), problem)
+    expected_mask = reference.select_blocks(expected_mean, expected_peak, problem)
+    expected_out, expected_lse = reference.sparse_attention(q, k, v, mask, problem)
+    config = problem.config
+    reports = [
+        compare_scores(mean * visible(problem), None if peak is None else peak * visible(problem), expected_mean, expected_peak, tolerance),
+        compare_masks(mask, expected_mask, expected_mean, expected_peak, problem, tolerance.scores),
+        compare_outputs(out, (q, k, v), expected_out, mask, problem, name),
+    ]
+    if config.key_anchors:
+        reports.append(compare_anchors(anchors, reference.find_anchors(k, config.block_size, config.key_anchors), k, tolerance.norms))
+    assert all(report.ok for report in reports), reports
+    np.testing.assert_allclose(lse, expected_lse, atol=tolerance.scores)
+    return launched
+
+
+def visible(problem):
+    return reference.select.visible_blocks(problem)
+
+
+def test_hopper_blocks_of_64():
+    launched = check(CAUSAL_64, "90", ml_dtypes.bfloat16)
+    assert {"score_tiles", "merge_scores", "attend_sm90", "repair"} <= set(launched)
+
+
+def test_hopper_not_causal_with_anchors():
+    check(NOT_CAUSAL_128, "90", seed=1)
+
+
+def test_portable_blocks_of_64():
+    assert {"score_blocks", "attend_sm80"} <= set(check(CAUSAL_64, "80", ml_dtypes.bfloat16))
+
+
+def test_portable_other_head_dim():
+    problem = Problem(1, 1, 40, 100, 96, UniSparseConfig(64, 8, 8, top_p=0.5))
+    assert "attend_sm80" in check(problem, "90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(
+    "problem", [CAUSAL_64, NOT_CAUSAL_128, WIDE_128, HALF_BLOCKS_256, SPLIT_TILES], ids=lambda p: f"S{p.config.block_size}_d{p.head_dim}"
+)
+def test_more_problems_and_seeds(problem, capability, seed):
+    check(problem, capability, seed=seed + 10)
+
+
+PLANTED = {
+    "a key too many is visible": ("mask.cuh", "if (8 * j > d0) s[4 * j]", "if (8 * j > d0 + 1) s[4 * j]"),
+    "values are not waited for": (
+        "attend_sm90.cu",
+        "          barrier_wait(V_FULL(v.stage), v.parity);\n          pin(o);",
+        "          pin(o);",
+    ),
+    "keys are freed too early": ("attend_sm90.cu", "          wgmma_wait<1>();\n          pin(s);\n", "          pin(s);\n"),
+    "the wrong parity after a ring's end": ("attend_sm90.cu", "stage = 0; parity ^= 1;", "stage = 0;"),
+    "an old maximum": ("attend_sm90.cu", "    max0 = x0;\n", ""),
+    "the output is overwritten in flight": ("attend_sm90.cu", "if (wg_thread == 0) tma_wait_all();", ""),
+    "anchors of selected blocks": ("mask.cuh", "& ~selected_word(words, shape, head, q_block, block / 32 + w, visible)", ""),
+    "a tile nobody wrote": ("scores_sm90.cu", "min(exist, rows + 16) - 1", "exist - 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    """In a process of its own, because the emulator ends it at a deadlock or a wrong access."""
+    file, good, bad = PLANTED[name]
+    folder = tmp_path / "cuda"
+    shutil.copytree(cupy_on_cpu.SOURCES, folder)
+    text = (folder / file).read_text()
+    assert text.count(good) == 1
+    (folder / file).write_text(text.replace(good, bad))
+    program = (
+        "import pathlib, sys\n"
+        "from tests.emulator import cupy_on_cpu, test_backend_on_cpu as tests\n"
+        "cupy_on_cpu.Kernel.folder = pathlib.Path(sys.argv[1])\n"
+        "for seed in range(3):\n"
+        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.SPLIT_TILES):\n"
+        "        tests.check(problem, '90', seed=seed)\n"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=root, capture_output=True, text=True, timeout=600)
+    assert result.returncode != 0, "the bug went unseen"
