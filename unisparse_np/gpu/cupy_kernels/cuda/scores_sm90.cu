@@ -205,10 +205,11 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     const int tiles = last_visible_composite(shape, first_query + min(exist, rows + 16) - 1) / COLUMNS + 1;
     const int64_t at = (head_at + (first_query + rows) / 16) * pitch;
     float highest = -INFINITY_F, sum = 0.f;
+#pragma unroll 4
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
       const FourSums s(sums + (at + n) * (16 * GROUPS / 4) + lane);
-      const float here = maxima[(at + n) * 16 + row16], next = fmaxf(highest, here);
-      if (next == -INFINITY_F) continue;
+      const float here = maxima[(at + n) * 16 + row16];
+      const float next = fmaxf(fmaxf(highest, here), -1e30f);  // finite also where a query has seen nothing yet
       sum = sum * exp2_fast(highest - next) + ((s.x[0] + s.x[1]) + (s.x[2] + s.x[3])) * exp2_fast(here - next);
       highest = next;
     }
@@ -222,11 +223,12 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
       float all = -INFINITY_F, total = 0.f;
       for (int w = 0; w < 4; ++w) all = fmaxf(all, warp_max[w * 16 + threadIdx.x]);
       for (int w = 0; w < 4; ++w)
-        if (warp_max[w * 16 + threadIdx.x] > -INFINITY_F) total += warp_sum[w * 16 + threadIdx.x] * exp2_fast(warp_max[w * 16 + threadIdx.x] - all);
+        if (warp_sum[w * 16 + threadIdx.x] > 0.f) total += warp_sum[w * 16 + threadIdx.x] * exp2_fast(warp_max[w * 16 + threadIdx.x] - all);
       log_sums[threadIdx.x] = total > 0.f ? all + log2_fast(total) : INFINITY_F;  // a query that does not exist gives 0 to all
     }
     __syncthreads();
     const float log_sum = log_sums[row16];
+#pragma unroll 4
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
       const FourSums s(sums + (at + n) * (16 * GROUPS / 4) + lane);
       const float weight = exp2_fast(maxima[(at + n) * 16 + row16] - log_sum);
