@@ -16,7 +16,11 @@ DEVICE_CPU, DEVICE_CUDA, DEVICE_CUDA_MANAGED = 1, 2, 13  # DLDeviceType of the D
 
 def on_gpu(x: Any) -> bool:
     """Whether the array's memory is a CUDA device's."""
-    return not isinstance(x, np.ndarray) and int(x.__dlpack_device__()[0]) in (DEVICE_CUDA, DEVICE_CUDA_MANAGED)
+    if isinstance(x, np.ndarray):
+        return False
+    if not hasattr(x, "__dlpack_device__"):  # Numba's arrays: CUDA's own protocol alone
+        return hasattr(x, "__cuda_array_interface__")
+    return int(x.__dlpack_device__()[0]) in (DEVICE_CUDA, DEVICE_CUDA_MANAGED)
 
 
 def dtype_name(x: Any) -> str:
@@ -25,8 +29,9 @@ def dtype_name(x: Any) -> str:
 
 
 def check_array(name: str, x: Any) -> None:
-    """Raises InvalidInput unless x is an array of a supported dtype that can be read over DLPack."""
-    if not isinstance(x, np.ndarray) and not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
+    """Raises InvalidInput unless x is an array of a supported dtype that can be read over DLPack or CUDA's array interface."""
+    over_dlpack = hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")
+    if not isinstance(x, np.ndarray) and not over_dlpack and not hasattr(x, "__cuda_array_interface__"):
         raise InvalidInput(f"{name} is a {type(x).__name__}, not an array: give a NumPy or CuPy array, or any other with DLPack")
     if dtype_name(x) not in SUPPORTED_DTYPES:
         raise InvalidInput(f"{name} has dtype {dtype_name(x)}: give one of {', '.join(SUPPORTED_DTYPES)}")

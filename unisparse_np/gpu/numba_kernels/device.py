@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
-from ...arrays import like, on_gpu, to_numpy
+from ...arrays import dtype_name, like, on_gpu, to_numpy
 from ...errors import InvalidInput
 from .tile import IN_SIMULATOR
 
@@ -118,11 +118,11 @@ def from_any(name: str, x: Any) -> DeviceArray:
     """
     if isinstance(x, DeviceArray):
         return x
-    if isinstance(x, np.ndarray) or not (hasattr(x, "__cuda_array_interface__") or on_gpu(x)):
-        return to_device(to_numpy(name, x))
     if getattr(x, "requires_grad", False):
         raise InvalidInput(f"{name} requires a gradient, which this attention does not compute: detach it first")
-    if str(x.dtype).removeprefix("torch.") == "bfloat16":
+    if not on_gpu(x):
+        return to_device(to_numpy(name, x))
+    if dtype_name(x) == "bfloat16":  # the same bits under a type that Numba knows
         return DeviceArray(to_device(x.view(_namespace(x).uint16)).data, BFLOAT16)
     return to_device(x)
 
@@ -131,12 +131,12 @@ def to_kind_of(result: Any, given: Any) -> Any:
     """A result (DeviceArray, or NumPy after joining a batch) as an array of the caller's library."""
     if isinstance(given, DeviceArray):
         return to_device(result)
-    if isinstance(given, np.ndarray) or not (hasattr(given, "__cuda_array_interface__") or on_gpu(given)):
+    if not on_gpu(given):
         return like(np.asarray(result), given)
     result = to_device(result)
-    namespace = _namespace(given)
-    if namespace.__name__.partition(".")[0] == "numba":
+    if hasattr(given, "__cuda_ndarray__"):  # Numba's own
         return result.data
+    namespace = _namespace(given)
     view = getattr(namespace, "as_tensor", namespace.asarray)(result)  # PyTorch's asarray knows no CUDA array interface
     return view.view(given.dtype) if result.dtype == BFLOAT16 else view
 
