@@ -76,6 +76,7 @@ TABLES = {
             "a step, ms": lambda row: f"{row['step_ms']:.2f}",
             "attention in it, ms": lambda row: f"{row['attention_ms']:.2f}",
         },
+        lambda result: [row for row in result["rows"] if row["context"] in (128, 2048, 8000)],
     ),
 }
 
