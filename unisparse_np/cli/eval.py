@@ -149,10 +149,10 @@ def _suite(
     from ..evaluation.text_suite import TextSuite
     from ..evaluation.windows import Windows
 
-    lengths = lengths or (4096,)
+    lengths = tuple(dict.fromkeys(lengths)) or (4096,)
     text = None if text_file is None else read_text(Path(text_file))
     if name == "ruler":
-        chosen = tuple(TASKS) if tasks is None else tuple(task.strip() for task in tasks.split(","))
+        chosen = tuple(TASKS) if tasks is None else tuple(dict.fromkeys(task.strip() for task in tasks.split(",")))
         return RulerSuite(tokenizer, lengths, count or 10, seed, chosen, raw, text)
     if name == "questions":
         assert questions is not None

@@ -11,6 +11,7 @@ from .probe import Probe
 from .search import Measure, pays
 
 _ROUNDS = 4
+_MOST_FITS = 3  # tried on held-out windows before giving up
 _AIM, _CLOSE = 0.95, 0.9  # of the bound: what a further round aims at, and what is close enough
 
 
@@ -41,7 +42,7 @@ def worthwhile(fits: Sequence[Fit]) -> list[Fit]:
     """The fits worth trying: those that reach the bound, per layer only where it pays; where none does, the first."""
     common = [fit for fit in fits if fit.kind.factors is None]
     kept = [fit for fit in fits if fit.reaches and (fit.kind.factors is None or pays(fit, common[0]))]
-    return kept or list(fits[:1])
+    return kept[:_MOST_FITS] or list(fits[:1])
 
 
 def _settle_fit(fit: Fit, measure: Measure, max_kl: float) -> list[Settled]:
