@@ -80,12 +80,12 @@ def as_dict(reports: Sequence[tuple[str, AuditReport]]) -> dict[str, Any]:
 
 
 class _Recorder:
-    """An observer that keeps q, k, v of the last chunk at some layers, on the host."""
+    """An observer that keeps q, k, v of the last full chunk at some layers, on the host."""
 
     def __init__(self, backend: Any, layers: Sequence[int]) -> None:
         self._backend, self._layers = backend, layers
         self.last: dict[int, list[np.ndarray]] = {}
 
     def __call__(self, layer: int, q: Any, k: Any, v: Any, out: Any, trace: Trace) -> None:
-        if layer in self._layers:
+        if layer in self._layers and (layer not in self.last or q.shape[1] >= self.last[layer][0].shape[1]):
             self.last[layer] = [np.array(self._backend.as_numpy(x)) for x in (q, k, v)]
