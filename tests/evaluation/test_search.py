@@ -118,7 +118,9 @@ def test_lines_through_two_trials() -> None:
     fit = fit_of(Kind(), trials, 0.02)
     assert fit.exponent == pytest.approx(2) and fit.looseness == pytest.approx(0.02 * math.sqrt(2))
     assert fit.cost == pytest.approx(0.45) and fit.density == pytest.approx(0.45)
-    assert fit.slopes == pytest.approx((0.1 / math.log(2),) * 2)
+    assert fit.slopes == pytest.approx((0.1 / math.log(2),) * 2) and fit.cost_slope == pytest.approx(-0.1 / math.log(2))
+    later = fit_of(Kind(key_anchors=2), [Trial(0.02, Probe(0.01, 0.6, [0.5, 0.7], []))], 0.02, fit)  # borrows both slopes
+    assert later.looseness == pytest.approx(fit.looseness) and later.cost == pytest.approx(0.55) and later.density == pytest.approx(0.55)
 
 
 def test_groups_and_factors() -> None:

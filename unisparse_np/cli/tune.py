@@ -55,7 +55,7 @@ def tune(
 
     Block size, rule (Top-P or row threshold) and its value, composite sizes, anchors, and values per layer where they pay.
     Windows that the search has not seen decide. generate and eval then use it without being told. Each probe is a prefill
-    of all windows, and there are about 45: expect minutes for a small model, hours for a large one on a CPU.
+    of all windows, and there are about 30: expect minutes for a small model, hours for a large one on a CPU.
 
     \b
     unisparse-np tune -m models/smollm2 --text book.txt --max-kl 0.02

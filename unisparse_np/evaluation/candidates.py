@@ -77,7 +77,8 @@ class Trial(NamedTuple):
 class Fit:
     """A kind at the bound: the looseness at which its KL is expected to reach the bound, and what it costs there.
 
-    exponent: KL grows as looseness to this power. slopes: fall of each layer's density when looseness grows e-fold.
+    exponent: KL grows as looseness to this power. cost_slope: rise of the cost (so not above 0) when looseness grows e-fold.
+    slopes: fall of each layer's density at the same.
     reaches: False where even the strictest value exceeds the bound.
     """
 
@@ -86,6 +87,7 @@ class Fit:
     cost: float
     density: float
     exponent: float
+    cost_slope: float
     slopes: tuple[float, ...]
     reaches: bool
     trials: tuple[Trial, ...]

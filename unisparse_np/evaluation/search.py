@@ -1,9 +1,11 @@
 """The tuner's search: the cheapest kind of config at a bound on the loss, by few probes.
 
 A kind of config has one value that makes it looser, and over it the loss rises about as a power, the cost falls about with
-the logarithm. Two or three probes fix both lines, so kinds are compared *at the bound*, where none of them need have been
-probed exactly. Kinds are walked one property at a time: block size and rule, then composites, anchors, the rule once more, and at
-last the layers, which get more or less looseness by what each adds to the loss and saves in cost.
+the logarithm. Two or three probes fix both lines, and a kind with the same rule as an earlier one borrows its slopes, so that one
+probe near the bound is enough. Kinds are compared *at the bound*, where none of them need have been probed exactly.
+
+One property is walked at a time: block size and rule, then composites, anchors, the rule once more, and at last the layers,
+which get more or less looseness by what each adds to the loss and saves in cost.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from itertools import pairwise
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..model.llama import Attention
-from .candidates import RANGES, Fit, Kind, Rule, Trial
+from .candidates import RANGES, Fit, Kind, Trial
 from .probe import Probe
 
 Measure = Callable[[Attention], Probe]
@@ -57,7 +59,7 @@ class Search:
     def planned_probes(num_layers: int) -> int:
         """About how many probes `run` takes."""
         kinds = 2 * len(RANGES) + len(COMPOSITES) - 1 + len(ANCHORS) + 1
-        return round(2.3 * kinds) + min(LAYER_GROUPS, num_layers) + 2
+        return round(1.7 * kinds) + min(LAYER_GROUPS, num_layers) + 2
 
     @property
     def best(self) -> Fit:
@@ -69,15 +71,15 @@ class Search:
 
     def fit(self, kind: Kind) -> Fit:
         """Probe a kind near the bound, unless it is known."""
-        for earlier in self.fits:
-            if earlier.kind == kind:
-                return earlier
+        if (known := next((fit for fit in self.fits if fit.kind == kind), None)) is not None:
+            return known
+        earlier = next((fit for fit in reversed(self.fits) if fit.kind.rule == kind.rule), None)
+        looseness = RANGES[kind.rule].start if earlier is None else earlier.looseness
         trials: list[Trial] = []
-        looseness = self._first_looseness(kind.rule)
         while len(trials) < MOST_TRIALS:
             trials.append(Trial(looseness, self.measure(kind.attention(looseness))))
-            fit = fit_of(kind, trials, self.max_kl)
-            if len(trials) > 1 and abs(_log_kl(fit.nearest) - math.log(self.max_kl)) < _NEAR:
+            fit = fit_of(kind, trials, self.max_kl, earlier)
+            if (len(trials) > 1 or earlier is not None) and abs(_log_kl(fit.nearest) - math.log(self.max_kl)) < _NEAR:
                 break
             looseness = next_looseness(fit, self.max_kl)
             if any(math.isclose(looseness, trial.looseness, rel_tol=0.01) for trial in trials):
@@ -107,25 +109,22 @@ class Search:
         """Sparse in one group of layers, dense in all others: its own part of the loss."""
         return [config if layer in group else "dense" for layer in range(self.num_layers)]
 
-    def _first_looseness(self, rule: Rule) -> float:
-        """Where the last fit of this rule met the bound, or the middle of the range."""
-        same = [fit for fit in self.fits if fit.kind.rule == rule]
-        return same[-1].looseness if same else RANGES[rule].start
 
-
-def fit_of(kind: Kind, trials: Sequence[Trial], max_kl: float) -> Fit:
-    """Lines through the two trials closest to the bound: log KL and cost over log looseness."""
+def fit_of(kind: Kind, trials: Sequence[Trial], max_kl: float, earlier: Fit | None = None) -> Fit:
+    """Lines through the two trials closest to the bound: log KL and cost over log looseness. One trial takes its slopes from `earlier`."""
     limits = RANGES[kind.rule]
     by_distance = sorted(trials, key=lambda trial: abs(_log_kl(trial) - math.log(max_kl)))
     near = by_distance[0]
-    other = next((t for t in by_distance[1:] if t.looseness != near.looseness), None)
-    exponent, cost_slope, slopes = limits.exponent, 0.0, [0.0] * len(near.probe.densities)
+    other = next((trial for trial in by_distance[1:] if trial.looseness != near.looseness), None)
+    exponent, cost_slope, slopes = limits.exponent, 0.0, (0.0,) * len(near.probe.densities)
+    if earlier is not None:
+        exponent, cost_slope, slopes = earlier.exponent, earlier.cost_slope, earlier.slopes
     if other is not None:
         step = math.log(other.looseness / near.looseness)
         if (measured := (_log_kl(other) - _log_kl(near)) / step) > 0:
             exponent = min(max(measured, limits.exponent / 3), 3 * limits.exponent)
         cost_slope = min(0.0, (other.probe.cost - near.probe.cost) / step)
-        slopes = [(b - a) / -step for a, b in zip(near.probe.densities, other.probe.densities, strict=True)]
+        slopes = tuple((b - a) / -step for a, b in zip(near.probe.densities, other.probe.densities, strict=True))
     wanted = near.looseness * math.exp((math.log(max_kl) - _log_kl(near)) / exponent)
     looseness = min(max(wanted, limits.lowest), limits.highest)
     step = math.log(looseness / near.looseness)
@@ -133,7 +132,9 @@ def fit_of(kind: Kind, trials: Sequence[Trial], max_kl: float) -> Fit:
         kind, looseness,
         cost=max(0.0, near.probe.cost + cost_slope * step),
         density=sum(max(0.0, d - s * step) for d, s in zip(near.probe.densities, slopes, strict=True)) / len(slopes),
-        exponent=exponent, slopes=tuple(slopes),
+        exponent=exponent,
+        cost_slope=cost_slope,
+        slopes=slopes,
         reaches=wanted >= limits.lowest or near.probe.kl <= max_kl,
         trials=tuple(trials),
     )  # fmt: skip
