@@ -60,3 +60,14 @@ def test_other_files_are_refused_and_not_touched(tmp_path: Path, content: bytes)
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be written"):
         ResultsFile(tmp_path / "nowhere" / "r.jsonl", RUN)
+
+
+def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with ResultsFile(path, RUN) as file:
+        file.append({"n": 1})
+        with pytest.raises(InvalidInput, match="is in use by another run"):
+            ResultsFile(path, RUN)
+        file.append({"n": 2})
+    with ResultsFile(path, RUN) as file:
+        assert file.records == [{"n": 1}, {"n": 2}]

@@ -180,11 +180,12 @@ def test_dense_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_what_the_file_holds_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prober(tmp_path / "r.jsonl")(SPARSE, [0, 1])
-    content = (tmp_path / "r.jsonl").read_bytes()
-    results = ResultsFile(tmp_path / "r.jsonl", {})
     model, tokenizer = small_model()
-    again = Prober(model, Windows(tokenizer, TEXT, 300, count=2), results)
+    windows = Windows(tokenizer, TEXT, 300, count=2)
+    with ResultsFile(tmp_path / "r.jsonl", {}) as results:
+        first = Prober(model, windows, results)(SPARSE, [0, 1])
+    content = (tmp_path / "r.jsonl").read_bytes()
+    again = Prober(model, windows, ResultsFile(tmp_path / "r.jsonl", {}))
     monkeypatch.setattr(Prober, "_measure", lambda *_: pytest.fail("measured again"))
     assert again(SPARSE, [0, 1]) == first and (tmp_path / "r.jsonl").read_bytes() == content
 

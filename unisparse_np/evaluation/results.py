@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -30,16 +31,12 @@ class ResultsFile:
         run = json.loads(json.dumps(run))
         self.records: list[dict[str, Any]] = []
         try:
-            content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]  # a line that a kill cut short has no end
-            if whole:
-                self._check_same(_json_lines(path, whole), run)
-            elif content:
-                raise _not_results(path)
-            self._file = path.open("ab")
-            self._file.truncate(len(whole))
-            if not whole:
-                self._write(run | {"kind": _KIND})
+            self._file = path.open("a+b")
+            try:
+                self._take_over(run)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise InvalidInput(f"--results {path} cannot be written ({error.strerror}): name another file") from None
 
@@ -53,6 +50,23 @@ class ResultsFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._file.close()
+
+    def _take_over(self, run: dict[str, Any]) -> None:
+        """Lock the file, check it, read its records, and cut off what a kill left half written; a new file gets its first line."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(f"--results {self.path} is in use by another run: let that end, or name another file") from None
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole:
+            self._check_same(_json_lines(self.path, whole), run)
+        elif content:
+            raise _not_results(self.path)
+        self._file.truncate(len(whole))
+        if not whole:
+            self._write(run | {"kind": _KIND})
 
     def _check_same(self, lines: list[dict[str, Any]], run: dict[str, Any]) -> None:
         before = {name: value for name, value in lines[0].items() if name != "kind"}
