@@ -32,14 +32,20 @@ from unisparse_np.gpu.cupy_kernels.scores import score_units
 from unisparse_np.gpu.cupy_kernels.select import from_bool, select_words
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
+SCRATCH_BYTES = 1 << 29
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
-    """Median milliseconds of one call, after two to warm up."""
+    """Median milliseconds of the device's time for one call, after two to warm up.
+
+    Half a gigabyte is overwritten before each: the L2 starts cold, and the host prepares the launches meanwhile.
+    """
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    scratch = cupy.empty(SCRATCH_BYTES, np.uint8)
 
     def once() -> float:
+        scratch.fill(0)
         start.record()
         run()
         stop.record()
@@ -176,7 +182,7 @@ def anchors(length: int, density: float, rows: list) -> None:
     problem = Problem(NUM_Q_HEADS, NUM_KV_HEADS, length, length, HEAD_DIM, UniSparseConfig())
     positions = engine.find_anchors(k, 128, 1)
     for name, given in (("without anchors", None), ("with anchors", positions)):
-        ms = median_ms(lambda given=given: attend.attend(q, k, v, words, given, plan_of(problem)))
+        ms = median_ms(lambda given=given: attend.attend(q, k, v, words, given, plan_of(problem)), 800.0)
         report(rows, work="sparse", length=length, kernel=name, ms=ms, density=density)
 
 

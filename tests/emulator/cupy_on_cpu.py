@@ -130,7 +130,8 @@ def _module(capability: str) -> types.ModuleType:
     module.RawModule = RawModule  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
     runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError)
-    module.cuda = types.SimpleNamespace(Device=lambda: device, runtime=runtime)  # type: ignore[attr-defined]
+    memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
+    module.cuda = types.SimpleNamespace(Device=lambda: device, runtime=runtime, memory=memory)  # type: ignore[attr-defined]
     return module
 
 

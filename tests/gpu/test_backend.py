@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import golden
-from unisparse_np import InvalidInput, Problem, UniSparseConfig, audit, unisparse_attention
+from unisparse_np import BackendUnavailable, InvalidInput, Problem, UniSparseConfig, audit, unisparse_attention
 from unisparse_np.comparison import TOLERANCES, compare_masks, compare_outputs, compare_scores
 
 pytestmark = pytest.mark.gpu
@@ -230,3 +230,15 @@ def test_memory_is_given_back_and_two_streams_do_not_disturb_each_other(cupy):
             assert (cupy.asnumpy(out).view(np.uint16) == want).all()
     del outs, out
     assert pool.used_bytes() == before
+
+
+def test_out_of_memory_names_a_chunk_that_fits(cupy):
+    q, k, v = random_inputs(np.random.default_rng(7), Problem(8, 2, 8192, 8192, 128), BFLOAT16, cupy)
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + (1 << 20))
+    try:
+        with pytest.raises(BackendUnavailable, match="chunks of"):
+            backend().run_sparse(q, k, v, Problem(8, 2, 8192, 8192, 128))
+    finally:
+        pool.set_limit(size=0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import cupy
 import numpy as np
 
+from ...errors import BackendUnavailable
 from ...problem import KeySummary, Problem
 from ...trace import Trace
 from .attend import attend
@@ -45,13 +49,14 @@ def run_sparse(
     """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace (with scores if keep_scores)."""
     check_dtype(q.dtype)
     plan = plan_of(problem)
-    pooled = pool(q, k, plan, np.float16, with_keys=key_summary is None, with_anchors=key_summary is None)
-    kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, plan), key_summary.anchors)
-    if problem.config.key_anchors == 0:
-        anchors = None
-    units, peak = score_units(pooled.qc, kc, plan, clear=keep_scores)
-    mask = select_words(units, peak, plan)
-    result = attend(q, k, v, mask, anchors, plan)
+    with naming_the_way_out(problem):
+        pooled = pool(q, k, plan, np.float16, with_keys=key_summary is None, with_anchors=key_summary is None)
+        kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, plan), key_summary.anchors)
+        if problem.config.key_anchors == 0:
+            anchors = None
+        units, peak = score_units(pooled.qc, kc, plan, clear=keep_scores)
+        mask = select_words(units, peak, plan)
+        result = attend(q, k, v, mask, anchors, plan)
     trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
     if keep_scores:
         trace.qc, trace.kc = pooled.qc.astype(np.float32), kc.astype(np.float32)
@@ -62,9 +67,28 @@ def run_sparse(
 def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
     """Dense attention: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace."""
     check_dtype(q.dtype)
-    result = attend(q, k, v, None, None, plan_of(problem))
+    with naming_the_way_out(problem):
+        result = attend(q, k, v, None, None, plan_of(problem))
     visible = total_visible_blocks(problem)
     return result.out, Trace(kernel=f"{result.kernel} dense", kept_blocks=visible, visible_blocks=visible, lse=result.lse)
+
+
+@contextlib.contextmanager
+def naming_the_way_out(problem: Problem) -> Iterator[None]:
+    """Turns an allocation that does not fit into BackendUnavailable with the bytes asked for and a chunk of queries that fits."""
+    try:
+        yield
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        config = problem.config
+        free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+        row = 2 * problem.head_dim
+        per_query = problem.num_q_heads * (row + 4) + problem.num_composite_heads * row // config.q_compress
+        per_query += problem.num_composite_heads * (problem.num_k_blocks + 31) * 5 // config.block_size
+        fits = max(1, free // 2 // per_query // config.block_size) * config.block_size
+        raise BackendUnavailable(
+            f"the GPU has no room for {problem.q_len} queries at once ({error}): pass them in chunks of {min(fits, problem.q_len)} tokens "
+            "(--chunk-size on the command line), or free memory that other programs hold"
+        ) from error
 
 
 @lru_cache(maxsize=1024)

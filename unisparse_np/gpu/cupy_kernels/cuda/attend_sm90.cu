@@ -29,8 +29,8 @@
 #define KV_STAGES (HEAD_DIM == 64 ? 3 : 2)
 #define THREADS (128 * (CONSUMERS + 1))
 #define BLOCKS_PER_SM (CONSUMERS == 2 ? 1 : HEAD_DIM == 64 ? 3 : 2)
-#define PRODUCER_REGISTERS (BLOCKS_PER_SM == 3 ? 24 : 40)
-#define CONSUMER_REGISTERS (BLOCKS_PER_SM == 1 ? 232 : BLOCKS_PER_SM == 2 ? 208 : 136)
+#define PRODUCER_REGISTERS 24
+#define CONSUMER_REGISTERS (BLOCKS_PER_SM == 1 ? 240 : BLOCKS_PER_SM == 2 ? 208 : 136)
 #define CONSUMER_WARPS (4 * CONSUMERS)
 
 #define Q_BYTES (BM * HEAD_DIM * 2)
@@ -104,6 +104,11 @@ DEVICE uint32_t anchor_tiles(uint32_t unselected) {
 }
 
 // ------------------------------------------------------------------------------------------------ consumer
+// A warp is done with a buffer: its reads come before the one arrival that stands for all its lanes.
+DEVICE void release(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier);
+}
 // scores[64 x BN] = Q[64 x HEAD_DIM] K[BN x HEAD_DIM]^T
 DEVICE void multiply_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
 #pragma unroll
@@ -311,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
           wgmma_commit();
           wgmma_wait<0>();
           pin(s);
-          if (lane == 0) barrier_arrive(K_EMPTY(k.stage));
+          release(K_EMPTY(k.stage), lane);
           k.advance();
           mask.hide(s, tile, shape);
           rows.absorb(s, c);
@@ -336,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
           if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
           wgmma_wait<1>();
           pin(s);
-          if (lane == 0) barrier_arrive(K_EMPTY(k.stage));
+          release(K_EMPTY(k.stage), lane);
           k.advance();
           mask.hide(s, tile, shape);
           rows.absorb(s, c);
@@ -347,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
           wgmma_wait<0>();
           pin(o);
           pin(p);
-          if (lane == 0) barrier_arrive(V_EMPTY(v.stage));
+          release(V_EMPTY(v.stage), lane);
           v.advance();
           to_16_bit(p, s);
 #pragma unroll
@@ -369,10 +374,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
         wgmma_wait<0>();
         pin(o);
         pin(p);
-        if (lane == 0) barrier_arrive(V_EMPTY(v.stage));
+        release(V_EMPTY(v.stage), lane);
         v.advance();
       }
-      if (lane == 0) barrier_arrive(Q_EMPTY(q.stage));  // Q and the item record are free
+      release(Q_EMPTY(q.stage), lane);  // Q and the item record are free
       q.advance();
 
       const float scale0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0;
