@@ -43,7 +43,7 @@ def test_from_tune_to_eval_and_generate(model: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for words in ("Search windows, read off where KL reaches 0.3", "Held-out windows", "tuned", "default preset", "Cost by composites"):
         assert words in result.stdout
-    assert f"wrote {model / 'unisparse.json'}: generate and eval use it from now on" in result.stderr
+    assert f"wrote {model / 'unisparse.json'}: generate, audit and eval use it from now on" in result.stderr
     tuned = json.loads((model / "unisparse.json").read_text())["tuned"]
     assert 0 < tuned["kl"] <= 0.3 and 0 < tuned["cost"] < 1 and tuned["cost_is"] == "model"
     assert sorted(path.name for path in Path().iterdir()) == ["text.txt", "tiny", "tune-tiny.jsonl"]

@@ -54,8 +54,8 @@ def tune(
     """Find the cheapest attention config that keeps a model within a loss, and write it to unisparse.json beside the model.
 
     Block size, rule (Top-P or row threshold) and its value, composite sizes, anchors, and values per layer where they pay.
-    Windows that the search has not seen decide. generate and eval then use it without being told. Each probe is a prefill
-    of all windows, and there are about 30: expect minutes for a small model, hours for a large one on a CPU.
+    Windows that the search has not seen decide. generate, audit and eval then use it without being told. Each probe is a
+    prefill of all windows, and there are about 30: expect minutes for a small model, hours for a large one on a CPU.
 
     \b
     unisparse-np tune -m models/smollm2 --text book.txt --max-kl 0.02
@@ -161,4 +161,4 @@ def _report(search: Search, settled: Settled, others: dict[str, Any], path: Path
     click.echo(fits_table(fits, search.max_kl))
     click.echo(f"\n{held_out_table({'tuned': settled.probe, **others})}\n\n{composites_answer(fits)}")
     if not quiet:
-        click.echo(f"wrote {path}: generate and eval use it from now on", err=True)
+        click.echo(f"wrote {path}: generate, audit and eval use it from now on", err=True)

@@ -27,14 +27,14 @@ def plot_summary(suite: str, summary: dict[str, Any], path: Path) -> None:
     """Draw the summary and write it to `path`, whole or not at all."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     if suite == "text":
         _draw_by_position(axes, summary["details"])
     else:
         _draw_rows(axes, summary["rows"], *_BARS.get(suite, _BARS["questions"]))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside right upper")
+    figure.legend(frameon=False, loc="outside upper left")
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
     os.replace(temporary, path)
@@ -45,8 +45,9 @@ _BARS = {"questions": ("score", "score (RULER's string match)"), "copy": ("nll",
 
 def _draw_by_position(axes: Any, details: list[dict[str, Any]]) -> None:
     for label in details[0]["configs"]:
-        axes.plot([row["position"] for row in details], [row["configs"][label] for row in details], marker="o", label=label)
-    axes.set(xlabel="position in the window", ylabel="KL(dense || sparse) [nats per token]", yscale="log")
+        middles = [10 * n + 5 for n in range(len(details))]
+        axes.plot(middles, [row["configs"][label] for row in details], marker="o", label=label)
+    axes.set(xlabel="position in the window [%]", xlim=(0, 100), ylabel="KL(dense || sparse) [nats per token]", yscale="log")
 
 
 def _draw_rows(axes: Any, rows: list[dict[str, Any]], field: str, title: str) -> None:
