@@ -1,6 +1,7 @@
 """unisparse-np eval: what it prints and writes, that it goes on after a kill, and what it refuses before any work."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(model: Path, folder: Path
     for word in words:
         assert word in sentence, f"{word!r} is not in: {sentence}"
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_picture_without_matplotlib_is_refused_before_any_work(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run(model, "--suite text --text text.txt --length 256 --plot p.png")
+    assert (result.exit_code, result.stdout) == (1, "") and "pip install 'unisparse-np[plot]'" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["text.txt"]
 
 
 def test_another_model_is_another_run(model: Path, tmp_path: Path) -> None:
