@@ -11,7 +11,7 @@ import click
 from ..errors import InvalidInput, UniSparseError
 from ..version import __version__
 
-COMMANDS = ("generate", "convert", "audit", "explain", "inspect", "eval", "tune", "env")  # in the order a newcomer meets them
+COMMANDS = ("generate", "convert", "audit", "explain", "inspect", "eval", "tune", "bench", "env")  # in the order a newcomer meets them
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 

@@ -145,6 +145,11 @@ def prefill_attention_options(command: Callable) -> Callable:
     return in_section("Attention", *_PREFILL, *_KNOBS)(_collecting_knobs(command))
 
 
+def config_options(command: Callable) -> Callable:
+    """The knobs of the algorithm alone, for commands that set sparse beside dense."""
+    return in_section("Attention", *_KNOBS)(_collecting_knobs(command))
+
+
 def _collecting_knobs(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapped(*args: Any, **values: Any) -> Any:
