@@ -6,7 +6,7 @@ import pytest
 
 from tests.other_library import Tensor
 from unisparse_np import BackendUnavailable, InvalidInput, UniSparseConfig, unisparse_attention
-from unisparse_np.attention import load_backend
+from unisparse_np.attention import choose_backend, load_backend, load_model_backend
 
 CONFIG = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
 
@@ -102,3 +102,10 @@ def test_a_missing_backend_never_falls_back(qkv, monkeypatch):
 def test_gpu_memory_is_refused_by_the_reference(qkv):
     with pytest.raises(InvalidInput, match="q lives on a GPU"):
         unisparse_attention(*(Tensor(x, device=2) for x in qkv), CONFIG, backend="reference")
+
+
+def test_a_backend_without_layers_runs_no_model(monkeypatch):
+    monkeypatch.setattr("unisparse_np.attention.load_backend", lambda name: object())
+    with pytest.raises(BackendUnavailable, match="cupy backend computes attention, but not yet"):
+        load_model_backend("cupy")
+    assert choose_backend()[0] == "reference"

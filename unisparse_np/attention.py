@@ -123,10 +123,18 @@ def load_backend(name: str) -> Any:
     return backend
 
 
+def load_model_backend(name: str) -> Any:
+    """A backend that can run whole models: one with layers. Raises as load_backend does."""
+    backend = load_backend(name)
+    if not hasattr(backend, "layers"):
+        raise BackendUnavailable(f"the {name} backend computes attention, but not yet a model's other layers; numba and reference do")
+    return backend
+
+
 def choose_backend() -> tuple[str, str]:
     """What "auto" means for a whole model -> (name, reason): cupy where it and a GPU it can use are here, otherwise reference."""
     try:
-        load_backend("cupy")
+        load_model_backend("cupy")
     except BackendUnavailable as error:
         return "reference", f"NumPy; not cupy: {error}"
     return "cupy", "CuPy and a GPU are here"

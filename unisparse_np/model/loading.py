@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..attention import choose_backend, load_backend
+from ..attention import choose_backend, load_model_backend
 from .config import ModelConfig
 from .llama import Llama
 from .tokenizer import Tokenizer
@@ -32,5 +32,5 @@ def load(path: str | Path, backend: str = "auto", dtype: str = "auto", max_conte
     if backend == "auto":
         backend, reason = choose_backend()
         print(f"backend   {backend} ({reason})", file=sys.stderr)
-    engine = load_backend(backend)
+    engine = load_model_backend(backend)
     return Llama(config, load_weights(folder, config, engine.layers, dtype), engine, max_context), tokenizer
