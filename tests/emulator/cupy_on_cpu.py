@@ -123,7 +123,20 @@ def installed(capability: str) -> Iterator[types.ModuleType]:
 def _module(capability: str) -> types.ModuleType:
     module = types.ModuleType("cupy")
     module.ndarray = ndarray  # type: ignore[attr-defined]
-    functions = "asarray", "ascontiguousarray", "empty", "empty_like", "packbits", "repeat", "rint", "stack", "unpackbits", "zeros"
+    functions = (
+        "asarray",
+        "ascontiguousarray",
+        "concatenate",
+        "empty",
+        "empty_like",
+        "packbits",
+        "repeat",
+        "rint",
+        "stack",
+        "unpackbits",
+        "where",
+        "zeros",
+    )
     for function in functions:
         setattr(module, function, _viewing(getattr(np, function)))
     module.asnumpy = np.asarray  # type: ignore[attr-defined]
@@ -139,7 +152,7 @@ def _viewing(function: Any) -> Any:
     def call(*arguments: Any, **options: Any) -> Any:
         result = np.asarray(function(*arguments, **options))
         if function in (np.empty, np.empty_like):
-            result.view(np.uint8)[...] = 0xFF  # memory nobody wrote reads as NaN
+            result.view(np.uint8)[...] = 0x3C if Kernel.seed % 2 else 0xFF  # memory nobody wrote: small numbers, or NaN
         return result.view(ndarray)
 
     return call

@@ -89,6 +89,22 @@ def test_portable_other_head_dim():
     assert "attend_sm80" in check(problem, "90")
 
 
+def test_running_key_summary_is_the_summary_of_the_whole():
+    problem = Problem(2, 2, 40, 200, 64, UniSparseConfig(64, 8, 8, 2, top_p=0.3, key_anchors=2))
+    q, k, v = inputs(problem, np.float16, seed=6)
+    with cupy_on_cpu.installed("80") as backend:
+        q, k, v = (sys.modules["cupy"].asarray(x) for x in (q, k, v))
+        running = backend.RunningKeySummary(problem.config, 2, 2, 64, capacity=256)
+        for start, stop in ((0, 64), (64, 70), (70, 71), (71, 200)):
+            running.extend(k[:, start:stop])
+        kc, anchors = running.summary()
+        np.testing.assert_array_equal(kc, backend.compress(q, k, problem)[1])
+        np.testing.assert_array_equal(anchors, backend.find_anchors(k, 64, 2))
+        cached, _ = backend.run_sparse(q, k, v, problem, running.summary())
+        whole, _ = backend.run_sparse(q, k, v, problem)
+        np.testing.assert_array_equal(cached, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("capability", ["80", "90"])

@@ -232,6 +232,21 @@ def test_memory_is_given_back_and_two_streams_do_not_disturb_each_other(cupy):
     assert pool.used_bytes() == before
 
 
+def test_running_key_summary_is_the_summary_of_the_whole(cupy):
+    problem = Problem(4, 2, 300, 1000, 128, UniSparseConfig(top_p=0.5, key_anchors=2))
+    q, k, v = random_inputs(np.random.default_rng(8), problem, BFLOAT16, cupy)
+    engine = backend()
+    running = engine.RunningKeySummary(problem.config, 4, 2, 128, capacity=1024)
+    for start, stop in ((0, 512), (512, 700), (700, 701), (701, 702), (702, 1000)):
+        running.extend(k[:, start:stop])
+    kc, anchors = running.summary()
+    assert (cupy.asnumpy(kc) == cupy.asnumpy(engine.compress(q, k, problem)[1])).all()
+    assert (cupy.asnumpy(anchors) == cupy.asnumpy(engine.find_anchors(k, 128, 2))).all()
+    cached, _ = engine.run_sparse(q, k, v, problem, running.summary())
+    whole, _ = engine.run_sparse(q, k, v, problem)
+    assert (cupy.asnumpy(cached).view(np.uint16) == cupy.asnumpy(whole).view(np.uint16)).all()
+
+
 def test_out_of_memory_names_a_chunk_that_fits(cupy):
     q, k, v = random_inputs(np.random.default_rng(7), Problem(8, 2, 8192, 8192, 128), BFLOAT16, cupy)
     pool = cupy.get_default_memory_pool()

@@ -15,13 +15,14 @@ from ...problem import Problem
 from .arrays import as_numpy, from_any, to_kind_of
 from .attend import dense_attention, sparse_attention
 from .compress import compress, find_anchors
+from .key_summary import RunningKeySummary
 from .run import run_dense, run_sparse
 from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "as_numpy", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "name", "run_dense", "run_sparse",
-    "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_numpy", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "name", "run_dense",
+    "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "cupy"
