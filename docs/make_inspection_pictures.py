@@ -1,7 +1,8 @@
 """Draw the README's pictures of audit, explain and inspect: docs/pictures/{audit,explain,inspect}.png.
 
-audit.png from benchmarks/results/audit_smollm2_{paper,default}.json; the other two from needle-llama reading a prompt. Needs
-matplotlib, and for inspect.png selenium with Chromium and its driver. Name pictures to draw only these.
+audit.png from benchmarks/results/audit_smollm2_{paper,default}.json, explain.png from needle-llama reading a prompt, inspect.png
+from SmolLM2 reading prose (`make smollm2`). Needs matplotlib, and for inspect.png selenium with Chromium and its driver. Name
+pictures to draw only these.
 """
 
 from __future__ import annotations
@@ -27,11 +28,18 @@ from unisparse_np.inspection.walkthrough import Walkthrough, walk
 from unisparse_np.model.loading import load
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from common import SMOLLM2, prose  # noqa: E402
+from smollm2_audit import FIRST_TOKEN  # noqa: E402
+
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = ROOT / "examples" / "needle-llama"
 PROMPT = MODEL / "prompts" / "needle-8k.txt"
-FOCUS = Focus(layer=1, head=7, block=-1)  # the head that fetches the needle, where the question is
+NEEDLE = Focus(layer=1, head=7, block=-1)  # the head that fetches the needle, where the question is
+SINK = Focus(layer=25, head=7, block=-1)  # a head whose sink the paper's rule loses
+CHOOSE_LOST = "const menu = document.getElementById('colour'); menu.value = 'lost'; menu.dispatchEvent(new Event('change'))"
 
 
 def draw_audit() -> None:
@@ -71,9 +79,11 @@ def by_layer(audit: dict[str, Any], name: str) -> np.ndarray:
     return np.array([np.mean([head[name] for head in audit["heads"] if head["layer"] == layer]) for layer in layers])
 
 
-def draw_explain(model: Any, token_ids: list[int]) -> None:
+def draw_explain() -> None:
     """The ranking of one query block: scores in order, their running sum, P, and the true masses."""
-    walked = walk(model, token_ids, UniSparseConfig(), layer=FOCUS.layer, head=FOCUS.head, block=FOCUS.block)
+    model, tokenizer = load(MODEL, backend="reference")
+    token_ids = tokenizer.encode_prompt(PROMPT.read_text(encoding="utf-8"), raw=True)
+    walked = walk(model, token_ids, UniSparseConfig(), layer=NEEDLE.layer, head=NEEDLE.head, block=NEEDLE.block)
     figure = Figure(figsize=(12, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     draw_ranking(axes, walked)
@@ -99,8 +109,10 @@ def draw_ranking(axes: Axes, walked: Walkthrough) -> None:
     )  # fmt: skip
 
 
-def draw_inspect(model: Any, tokenizer: Any, token_ids: list[int]) -> None:
+def draw_inspect() -> None:
     """The page of `inspect --compare`, as Chromium shows it."""
+    model, tokenizer = load(SMOLLM2, backend="reference")
+    token_ids = tokenizer.encode(prose())[FIRST_TOKEN : FIRST_TOKEN + 4096]
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -111,29 +123,23 @@ def draw_inspect(model: Any, tokenizer: Any, token_ids: list[int]) -> None:
         options.add_argument(argument)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
-        page.write_bytes(report_page(captures, token_ids, tokenizer, MODEL.name, FOCUS))
+        page.write_bytes(report_page(captures, token_ids, tokenizer, SMOLLM2.name, SINK))
         browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         try:
             browser.execute_cdp_cmd(
-                "Emulation.setDeviceMetricsOverride", {"width": 1500, "height": 1270, "deviceScaleFactor": 1, "mobile": False}
+                "Emulation.setDeviceMetricsOverride", {"width": 1500, "height": 1320, "deviceScaleFactor": 1, "mobile": False}
             )
             browser.get(page.as_uri())
+            browser.execute_script(CHOOSE_LOST)
             browser.save_screenshot(str(PICTURES / "inspect.png"))
         finally:
             browser.quit()
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or ["audit", "explain", "inspect"]
-    if "audit" in chosen:
-        draw_audit()
-    if set(chosen) & {"explain", "inspect"}:
-        model, tokenizer = load(MODEL, backend="reference")
-        token_ids = tokenizer.encode_prompt(PROMPT.read_text(encoding="utf-8"), raw=True)
-        if "explain" in chosen:
-            draw_explain(model, token_ids)
-        if "inspect" in chosen:
-            draw_inspect(model, tokenizer, token_ids)
+    pictures = {"audit": draw_audit, "explain": draw_explain, "inspect": draw_inspect}
+    for name in sys.argv[1:] or pictures:
+        pictures[name]()
 
 
 if __name__ == "__main__":
