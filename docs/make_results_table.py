@@ -40,45 +40,142 @@ QUALITY_COLUMNS: dict[str, Callable[[Row], str]] = {
     "rise of the loss, nats": lambda row: f"{row['nll_rise']:+.4f}",
     "density": lambda row: f"{row['density']:.3f}",
 }
-TABLES = {
-    "needle_accuracy": Table(
-        "Does sparse attention lose needles? needle-llama on its own tasks, share of right answers",
-        {
-            "prompt tokens": lambda row: f"{row['length']:,}",
-            "attention": lambda row: row["config"],
-            "questions": lambda row: str(row["questions"]),
-            "accuracy": lambda row: f"{row['accuracy']:.3f} ± {row['interval_95']:.3f}",
-            "share of dense": lambda row: f"{row['share_of_dense']:.3f}",
-            "density": lambda row: f"{row['density']:.3f}",
-        },
+
+
+def gpu_attention_rows(result: dict[str, Any]) -> list[Row]:
+    """Each attention call beside the peers that ran the same work in the same run."""
+    times = {(row["work"], row["length"], row.get("density"), row["kernel"]): row for row in result["rows"] if is_plain(row)}
+    rows = []
+    for (work, length, density, kernel), row in times.items():
+        if kernel not in ("ours", "ours sm80") or work not in ("dense", "sparse", "whole call"):
+            continue
+        peers = {name: times.get((work, length, density, name)) for name in ("cudnn", "flash", "flex")}
+        if work == "whole call":  # selection included, beside dense attention
+            peers = {name: times.get(("dense", length, None, name)) for name in ("cudnn", "flash")} | {"flex": None}
+        title = work + (", portable kernel" if kernel == "ours sm80" else "")
+        if kernel == "ours sm80":
+            peers = {name: times.get((work, length, density, name)) for name in ("cudnn", "flash")} | {"flex": None}
+        rows.append({"work": title, "length": length, "density": density, "ours": row, "peers": peers})
+    return rows
+
+
+def is_plain(row: Row) -> bool:
+    """Heads of 128, blocks of 128."""
+    return row.get("head_dim", 128) == 128 and row.get("block_size", 128) == 128
+
+
+def times_faster(name: str) -> Callable[[Row], str]:
+    """How many times the peer's time ours is shorter."""
+    return lambda row: f"{row['peers'][name]['ms'] / row['ours']['ms']:.2f}" if row["peers"][name] else ""
+
+
+def selection_rows(result: dict[str, Any]) -> list[Row]:
+    """One row per selection: the stages, and all of it."""
+    selections: dict[tuple[str, int], Row] = {}
+    for row in result["rows"]:
+        if row["work"].startswith("selection"):
+            selection = selections.setdefault((row["work"], row["length"]), {"work": row["work"], "length": row["length"]})
+            selection[row["kernel"]] = row["ms"]
+    return list(selections.values())
+
+
+TABLES: list[tuple[str, Table]] = [
+    (
+        "needle_accuracy",
+        Table(
+            "Does sparse attention lose needles? needle-llama on its own tasks, share of right answers",
+            {
+                "prompt tokens": lambda row: f"{row['length']:,}",
+                "attention": lambda row: row["config"],
+                "questions": lambda row: str(row["questions"]),
+                "accuracy": lambda row: f"{row['accuracy']:.3f} ± {row['interval_95']:.3f}",
+                "share of dense": lambda row: f"{row['share_of_dense']:.3f}",
+                "density": lambda row: f"{row['density']:.3f}",
+            },
+        ),
     ),
-    "smollm2_quality_4096": Table("What does it change in a real model? SmolLM2-135M-Instruct, 4,096 tokens", QUALITY_COLUMNS, preset_rows),
-    "smollm2_quality_8192": Table("The same at 8,192 tokens", QUALITY_COLUMNS, preset_rows),
-    "smollm2_prefill": Table(
-        "How long does a prompt take on a CPU? SmolLM2-135M-Instruct in float32, beside transformers (SDPA) on as many threads",
-        {
-            "prompt tokens": lambda row: f"{row['length']:,}",
-            "engine": lambda row: row["engine"],
-            "seconds": lambda row: f"{row['seconds']:.2f}",
-            "times transformers": lambda row: f"{row['ratio_to_transformers']:.2f}",
-            "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-            "peak memory, MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-            "density": lambda row: f"{row['density']:.3f}",
-        },
+    (
+        "smollm2_quality_4096",
+        Table("What does it change in a real model? SmolLM2-135M-Instruct, 4,096 tokens", QUALITY_COLUMNS, preset_rows),
     ),
-    "decode_speed": Table(
-        "How fast is a generated token, and what grows with the context?",
-        {
-            "model": lambda row: row["model"],
-            "decode attention": lambda row: row["decode_attention"],
-            "context": lambda row: f"{row['context']:,}",
-            "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
-            "a step, ms": lambda row: f"{row['step_ms']:.2f}",
-            "attention in it, ms": lambda row: f"{row['attention_ms']:.2f}",
-        },
-        lambda result: [row for row in result["rows"] if row["context"] in (128, 2048, 8000)],
+    ("smollm2_quality_8192", Table("The same at 8,192 tokens", QUALITY_COLUMNS, preset_rows)),
+    (
+        "smollm2_prefill",
+        Table(
+            "How long does a prompt take on a CPU? SmolLM2-135M-Instruct in float32, beside transformers (SDPA) on as many threads",
+            {
+                "prompt tokens": lambda row: f"{row['length']:,}",
+                "engine": lambda row: row["engine"],
+                "seconds": lambda row: f"{row['seconds']:.2f}",
+                "times transformers": lambda row: f"{row['ratio_to_transformers']:.2f}",
+                "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+                "peak memory, MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+                "density": lambda row: f"{row['density']:.3f}",
+            },
+        ),
     ),
-}
+    (
+        "attention_gpu_nvidia_h100_80gb_hbm3",
+        Table(
+            "How fast is attention on a GPU? CuPy kernels, q [32, L, 128], k, v [8, L, 128], bfloat16, causal; times faster than PyTorch's "
+            "cuDNN and FlashAttention 2, and than FlexAttention on the same block mask",
+            {
+                "work": lambda row: row["work"],
+                "tokens": lambda row: f"{row['length']:,}",
+                "density": lambda row: f"{row['density'] or 1:.3f}",
+                "ms": lambda row: f"{row['ours']['ms']:.2f}",
+                "TFLOP/s": lambda row: f"{row['ours']['tflops']:.0f}" if "tflops" in row["ours"] else "",
+                "x cuDNN": times_faster("cudnn"),
+                "x FlashAttention 2": times_faster("flash"),
+                "x FlexAttention": times_faster("flex"),
+            },
+            gpu_attention_rows,
+        ),
+    ),
+    (
+        "attention_gpu_nvidia_h100_80gb_hbm3",
+        Table(
+            "And choosing the blocks? Milliseconds of the same run",
+            {
+                "work": lambda row: row["work"],
+                "tokens": lambda row: f"{row['length']:,}",
+                "compress": lambda row: f"{row['compress']:.3f}",
+                "score_blocks": lambda row: f"{row['score_blocks']:.3f}",
+                "select_blocks": lambda row: f"{row['select_blocks']:.3f}",
+                "all": lambda row: f"{row['all']:.3f}",
+            },
+            selection_rows,
+        ),
+    ),
+    (
+        "numba_gpu",
+        Table(
+            "And the Numba kernels, written to be followed? Float32, 8,192 tokens, head_dim 128 (CuPy's run in bfloat16)",
+            {
+                "kernel": lambda row: row["kernel"],
+                "work": lambda row: row["work"],
+                "ms": lambda row: f"{row['ms']:.2f}",
+                "TFLOP/s": lambda row: f"{row['tflops']:.2f}" if "tflops" in row else "",
+            },
+            lambda result: result["times"],
+        ),
+    ),
+    (
+        "decode_speed",
+        Table(
+            "How fast is a generated token, and what grows with the context?",
+            {
+                "model": lambda row: row["model"],
+                "decode attention": lambda row: row["decode_attention"],
+                "context": lambda row: f"{row['context']:,}",
+                "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+                "a step, ms": lambda row: f"{row['step_ms']:.2f}",
+                "attention in it, ms": lambda row: f"{row['attention_ms']:.2f}",
+            },
+            lambda result: [row for row in result["rows"] if row["context"] in (128, 2048, 8000)],
+        ),
+    ),
+]
 
 
 def with_results(readme: str) -> str:
@@ -87,7 +184,7 @@ def with_results(readme: str) -> str:
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"README.md lacks the line {START!r} or {END!r}")
-    tables = [shown(name, table) for name, table in TABLES.items() if (RESULTS / f"{name}.json").exists()]
+    tables = [shown(name, table) for name, table in TABLES if (RESULTS / f"{name}.json").exists()]
     return f"{before}{START}\n\n{''.join(tables) or NONE_YET}{END}{after}"
 
 
@@ -96,11 +193,20 @@ def shown(name: str, table: Table) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     lines += ["| " + " | ".join(write(row) for write in table.columns.values()) + " |" for row in table.rows(result)]
-    cpu, stamp = result["stamp"]["cpu"], result["stamp"]
+    stamp = result.get("stamp", result)
+    cpu = stamp["cpu"]
     source = f"[`{name}.json`](benchmarks/results/{name}.json)"
-    where = f"{cpu['name']}, {cpu['cores']} cores, NumPy {stamp['versions']['numpy']}"
+    where = f"{device_of(stamp) or cpu['name'] + ', ' + str(cpu['cores']) + ' cores'}, NumPy {stamp['versions']['numpy']}"
+    where += "".join(
+        f", {library} {stamp['versions'][library]}" for library in ("cupy-cuda13x", "numba-cuda") if library in stamp["versions"]
+    )
     caption = f"Measured {stamp['date']} on {where}: {source}, by `{stamp['command']}`."
     return f"**{table.question}**\n\n" + "\n".join(lines) + f"\n\n{caption}\n\n"
+
+
+def device_of(stamp: dict[str, Any]) -> str | None:
+    """The GPU of a run, or None."""
+    return stamp.get("device") or next((gpu["name"] for gpu in stamp.get("gpus", [])), None)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def load_backend(name: str) -> Any:
         if error.name and error.name.startswith("unisparse_np"):
             raise BackendUnavailable(f"the {name} backend is not part of this version; backend='reference' is") from error
         raise BackendUnavailable(
-            f"the {name} backend needs {error.name}, which is not installed: pip install 'unisparse-np[gpu]' (the reference backend needs no more)"
+            f"the {name} backend needs {error.name}, which is not installed: "
+            "pip install 'unisparse-np[gpu]' (the reference backend needs no more)"
         ) from error
     if backend.__file__ is None:  # a folder without code
         raise BackendUnavailable(f"the {name} backend is not part of this version; backend='reference' is")
