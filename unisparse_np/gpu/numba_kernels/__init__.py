@@ -11,7 +11,7 @@ kernels are for understanding; `cupy` is the backend for speed.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
+from numba import config, cuda
 
 from ...errors import BackendUnavailable
 
@@ -23,6 +23,7 @@ if not cuda.is_available():
 
 from .tile import IN_SIMULATOR
 
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a decode step is a small grid by nature
 if IN_SIMULATOR:
     from .simulator import one_thread_at_a_time
 
