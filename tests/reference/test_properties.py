@@ -113,17 +113,15 @@ def test_without_compression_the_scores_are_the_true_block_masses(case):
     q, k, _, config, keywords = case
     problem = make_problem(q, k, config, keywords)
     mean, _ = scores_of(q, k, problem)
-    size = config.block_size
+    starts = np.arange(0, problem.k_len, config.block_size)
     for head in range(problem.num_q_heads):
-        for row in range(problem.q_len // size * size, problem.q_len) if problem.q_len % size == 1 else [0]:
-            if problem.query_range(row // size) != (row, row + 1):
-                continue  # a block of one query: its row of B is that query's own attention
-            logits = k[head // problem.group_size] @ q[head, row] * problem.scale
-            if problem.causal:
-                logits[problem.q_offset + row + 1 :] = -np.inf
-            weights = np.exp(logits - logits.max())
-            weights /= weights.sum()
-            close(mean[head, row // size], np.add.reduceat(weights, np.arange(0, problem.k_len, size)))
+        logits = q[head] @ k[head // problem.group_size].T * problem.scale  # [Lq, Lk]
+        if problem.causal:
+            logits[np.arange(problem.k_len) > problem.q_offset + np.arange(problem.q_len)[:, None]] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        masses = np.add.reduceat(weights / weights.sum(axis=1, keepdims=True), starts, axis=1)  # [Lq, Nk]
+        for i in range(problem.num_q_blocks):
+            np.testing.assert_allclose(mean[head, i], masses[slice(*problem.query_range(i))].mean(axis=0), rtol=0, atol=EXACT.output)
 
 
 @few

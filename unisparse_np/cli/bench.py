@@ -126,9 +126,11 @@ def seconds(run: Callable[[], Any], engine: Any) -> float:
 
 
 def heading() -> str:
+    """The table's first line; times in milliseconds."""
     return f"{'L':>8} {'density':>8} {'selection':>10} {'attention':>10} {'whole':>10} {'dense':>10} {'speedup':>8} {'first call':>11}"
 
 
 def as_line(row: Row) -> str:
+    """One length's line of the table."""
     columns = f"{1e3 * row.selection:10.2f} {1e3 * row.attention:10.2f} {1e3 * row.whole:10.2f} {1e3 * row.dense:10.2f}"
     return f"{row.length:8d} {row.density:8.3f} {columns} {row.dense / row.whole:7.2f}x {1e3 * row.first:11.0f}"

@@ -55,6 +55,7 @@ def collect() -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
+    """What `collect` found, a line each."""
     rows = [
         ("unisparse-np", facts["unisparse_np"]),
         ("python", f"{facts['python']} on {facts['platform']}"),
@@ -97,6 +98,7 @@ def blas() -> list[dict[str, Any]]:
 
 
 def cpu_name() -> str:
+    """The processor as Linux names it, otherwise as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
