@@ -11,25 +11,8 @@ kernels are for understanding; `cupy` is the backend for speed.
 from __future__ import annotations
 
 import numpy as np
-from numba import config, cuda
 
-from ...errors import BackendUnavailable
-
-if not cuda.is_available():
-    raise BackendUnavailable(
-        "the numba backend found no CUDA GPU: set NUMBA_ENABLE_CUDASIM=1 before Python starts to run its kernels in Numba's simulator, "
-        "or use backend='reference'"
-    )
-
-from .tile import IN_SIMULATOR
-
-config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a decode step is a small grid by nature
-if IN_SIMULATOR:
-    from .simulator import one_thread_at_a_time
-
-    one_thread_at_a_time()
-
-from . import layers
+from . import availability, layers
 from .anchors import find_anchors
 from .attend import dense_attention, sparse_attention
 from .compress import compress
@@ -40,7 +23,7 @@ from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_numpy", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "layers", "name",
+    "RunningKeySummary", "as_numpy", "availability", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "layers", "name",
     "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
