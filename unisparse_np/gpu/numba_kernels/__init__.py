@@ -23,8 +23,8 @@ from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_numpy", "availability", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "layers", "name",
-    "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_numpy", "availability", "check_finite", "compress", "dense_attention", "find_anchors", "from_any",
+    "layers", "name", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "numba"
