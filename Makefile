@@ -38,6 +38,7 @@ docs: $(VENV)/.test
 	$(BIN)/python docs/make_cli_page.py
 	$(BIN)/python docs/make_results_table.py
 	$(BIN)/python docs/make_pictures.py
+	$(BIN)/python docs/make_walkthrough.py
 
 # One script a question; each writes benchmarks/results/NAME.json and takes a while. smollm2_prefill compares with
 # transformers: $(BIN)/pip install torch transformers first.
