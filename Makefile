@@ -39,6 +39,7 @@ docs: $(VENV)/.test
 	$(BIN)/python docs/make_results_table.py
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python docs/make_walkthrough.py
+	$(BIN)/python docs/make_inspection_pictures.py audit explain
 
 # One script a question; each writes benchmarks/results/NAME.json and takes a while. smollm2_prefill compares with
 # transformers: $(BIN)/pip install torch transformers first.
