@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import InvalidInput
 
@@ -59,6 +60,13 @@ class UniSparseConfig:
         object.__setattr__(self, "row_threshold", _share("row_threshold", self.row_threshold, one_allowed=False))
         if self.top_p is None and self.row_threshold is None:
             raise InvalidInput("top_p=None and row_threshold=None leave no rule to keep blocks by: set at least one of them")
+
+    def kept_blocks(self, selected: Any, visible: int) -> Any:
+        """Density's numerator: of so many visible blocks the selected ones, and r / S of each other one for its anchor keys.
+
+        selected: a count, or an array of counts.
+        """
+        return selected + min(self.key_anchors / self.block_size, 1.0) * (visible - selected)
 
     @classmethod
     def paper(cls, top_p: PerHead = 0.95) -> UniSparseConfig:

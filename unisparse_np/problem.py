@@ -163,6 +163,11 @@ class Problem:
         """Key blocks 0 .. n-1 are visible to query block i; returns n."""
         return ceil_div(self.visible_keys(i), self.config.block_size)
 
+    @property
+    def total_visible_blocks(self) -> int:
+        """Visible blocks, summed over query heads and query blocks: density's denominator."""
+        return sum(self.visible_blocks(i) for i in range(self.num_q_blocks)) * self.num_q_heads
+
     def visible_composites(self, t: int) -> int:
         """Composite keys 0 .. n-1 are visible to composite query t; returns n."""
         if not self.causal:
@@ -183,14 +188,13 @@ class Problem:
     # ---- parts ----
     def of_kv_heads(self, start: int, stop: int) -> Problem:
         """The same problem for KV heads start .. stop-1 and their query heads (whole composite heads only)."""
-        share = (stop - start) / self.num_kv_heads
         first, last = (edge * self.num_composite_heads // self.num_kv_heads for edge in (start, stop))
         per_head: dict[str, Any] = {
             name: values[first:last] for name in ("top_p", "row_threshold") if isinstance(values := getattr(self.config, name), tuple)
         }
         return replace(
             self,
-            num_q_heads=round(self.num_q_heads * share),
+            num_q_heads=(stop - start) * self.group_size,
             num_kv_heads=stop - start,
             config=replace(self.config, **per_head) if per_head else self.config,
         )

@@ -48,8 +48,7 @@ class LayerCapture:
         blocks = self.reasons.shape[1]
         visible = blocks * (blocks + 1) // 2
         kept = self.kept.sum(axis=(1, 2))
-        anchor_share = min(self.config.key_anchors / self.config.block_size, 1.0)
-        return (kept + anchor_share * (visible - kept)) / visible
+        return self.config.kept_blocks(kept, visible) / visible
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _add_query_block(
     anchor_weights = backend.as_numpy(weights[:, backend.xp.asarray(lone_anchors)])  # [rows, anchors]
     total.rows_kept.append((mass[:, selected].sum(axis=1) + anchor_weights.sum(axis=1)).astype(np.float32))
     kept = int(selected.sum())
-    total.kept_blocks += kept + min(config.key_anchors / config.block_size, 1.0) * (visible - kept)
+    total.kept_blocks += config.kept_blocks(kept, visible)
     total.visible_blocks += visible
     if visible >= BLOCKS_TO_RANK:
         correlation = spearman(scores[:visible], mass.mean(axis=0))

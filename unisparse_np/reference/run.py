@@ -21,7 +21,7 @@ from .attend import dense_attention, find_anchors, sparse_attention
 from .compress import compress, compress_keys
 from .precision import widen
 from .scores import score_blocks
-from .select import select_blocks, visible_blocks
+from .select import select_blocks
 
 PARTS_PER_THREAD = 4  # enough that the last part to finish keeps the others waiting only briefly
 WORTH_SPLITTING = 1 << 18  # scores; below it (a decode step) handing parts to threads costs more than it saves
@@ -41,12 +41,10 @@ def run_sparse(
     parts = split(problem)
     results = in_threads(lambda part: _sparse_part(q, k, v, summary, part, keep_scores), parts)
     out, lse, mask = (_join(parts, [r[n] for r in results]) for n in range(3))
-    visible = int(visible_blocks(problem).sum()) * problem.num_q_heads
-    selected = int(mask.sum())
-    anchor_share = min(problem.config.key_anchors / problem.config.block_size, 1.0)
+    visible = problem.total_visible_blocks
     trace = Trace(
         kernel=f"reference, {_describe_threads()}",
-        kept_blocks=selected + anchor_share * (visible - selected),
+        kept_blocks=problem.config.kept_blocks(int(mask.sum()), visible),
         visible_blocks=visible,
         lse=lse,
         mask=mask,
@@ -65,7 +63,7 @@ def run_dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Problem) -> 
     parts = split(problem)
     results = in_threads(lambda part: dense_attention(part.queries(q), part.heads_of(k), part.heads_of(v), part.problem), parts)
     out, lse = (_join(parts, [r[n] for r in results]) for n in range(2))
-    visible = int(visible_blocks(problem).sum()) * problem.num_q_heads
+    visible = problem.total_visible_blocks
     return out, Trace(kernel=f"reference dense, {_describe_threads()}", kept_blocks=visible, visible_blocks=visible, lse=lse)
 
 

@@ -29,12 +29,10 @@ def run_sparse(
     mean, peak = score_blocks(qc, kc, problem)
     mask = select_blocks(mean, peak, problem)
     out, lse = attend_listed(queries, keys, values, mask, summary.anchors, problem)
-    visible = _visible_blocks(problem)
-    selected = int(np.asarray(mask).sum())
-    anchor_share = min(problem.config.key_anchors / problem.config.block_size, 1.0)
+    visible = problem.total_visible_blocks
     trace = Trace(
         kernel=device_name(),
-        kept_blocks=selected + anchor_share * (visible - selected),
+        kept_blocks=problem.config.kept_blocks(int(np.asarray(mask).sum()), visible),
         visible_blocks=visible,
         lse=hand_back(lse, q),
         mask=hand_back(mask, q),
@@ -49,7 +47,7 @@ def run_sparse(
 def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
     """Dense attention: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] and its Trace."""
     out, lse = dense_attention(q, k, v, problem)
-    visible = _visible_blocks(problem)
+    visible = problem.total_visible_blocks
     return out, Trace(kernel=f"{device_name()}, dense", kept_blocks=visible, visible_blocks=visible, lse=lse)
 
 
@@ -86,7 +84,3 @@ def device_name() -> str:
         return "numba, in the simulator"
     name = cuda.get_current_device().name
     return f"numba on {name.decode() if isinstance(name, bytes) else name}"
-
-
-def _visible_blocks(problem: Problem) -> int:
-    return problem.num_q_heads * sum(problem.visible_blocks(i) for i in range(problem.num_q_blocks))
