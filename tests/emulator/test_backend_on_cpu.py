@@ -105,6 +105,22 @@ def test_running_key_summary_is_the_summary_of_the_whole():
         np.testing.assert_array_equal(cached, whole)
 
 
+def test_composites_pooled_elsewhere_are_taken_as_they_are():
+    problem = Problem(2, 2, 64, 200, 64, UniSparseConfig(64, 8, 8, top_p=0.3))
+    q, k, v = inputs(problem, np.float16, seed=6)
+    with cupy_on_cpu.installed("80") as backend:
+        q, k, v = (sys.modules["cupy"].asarray(x) for x in (q, k, v))
+        running = backend.RunningKeySummary(problem.config, 2, 2, 64, capacity=256)
+        running.extend(k)
+        qc = backend.compress(q, k, problem)[0].astype(np.float16)
+        cupy_on_cpu.Kernel.launched.clear()
+        given, trace = backend.run_sparse(q, k, v, problem, running.summary(), q_composites=qc)
+        assert "compress" not in cupy_on_cpu.Kernel.launched
+        pooled, expected = backend.run_sparse(q, k, v, problem)
+        np.testing.assert_array_equal(given, pooled)
+        np.testing.assert_array_equal(trace.mask, expected.mask)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("capability", ["80", "90"])

@@ -75,6 +75,8 @@ def pool(q: Any, k: Any, plan: Plan, dtype: Any, *, with_keys: bool, with_anchor
         np.int32(0 if queries_wanted else q_parts),
     )
     grid = (q_parts if queries_wanted else 0) + (k_parts if with_keys else 0)
+    if grid == 0:
+        return Pooled(None, None, None)
     function((grid,), (THREADS,), tuple(nothing if x is None else x for x in arguments), shared_mem=shared)
     return Pooled(qc, kc, anchors)
 

@@ -43,22 +43,34 @@ class DeviceTrace(Trace):
 
 
 def run_sparse(
-    q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None = None, keep_scores: bool = False
+    q: Any,
+    k: Any,
+    v: Any,
+    problem: Problem,
+    key_summary: KeySummary | None = None,
+    keep_scores: bool = False,
+    q_composites: Any = None,
 ) -> tuple[Any, Trace]:
-    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace (with scores if keep_scores)."""
+    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace (with scores if keep_scores).
+
+    q_composites: the composites of q where another kernel has pooled them already, C-contiguous [Hc, Tq, d] float16 (saturating
+    at 65504), as compress.cu gives them; None to pool q here.
+    """
     check_dtype(q.dtype)
     plan = plan_of(problem)
     with naming_the_way_out(problem):
-        pooled = pool(q, k, plan, np.float16, with_keys=key_summary is None, with_anchors=key_summary is None)
+        own = key_summary is None
+        pooled = pool(None if q_composites is not None else q, k, plan, np.float16, with_keys=own, with_anchors=own)
         kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, plan), key_summary.anchors)
         if problem.config.key_anchors == 0:
             anchors = None
-        units, peak = score_units(pooled.qc, kc, plan, clear=keep_scores)
+        qc = pooled.qc if q_composites is None else q_composites
+        units, peak = score_units(qc, kc, plan, clear=keep_scores)
         mask = select_words(units, peak, plan)
         result = attend(q, k, v, mask, anchors, plan)
     trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
     if keep_scores:
-        trace.qc, trace.kc = pooled.qc.astype(np.float32), kc.astype(np.float32)
+        trace.qc, trace.kc = qc.astype(np.float32), kc.astype(np.float32)
         trace.mean, trace.peak = units.astype(np.float32) / np.float32(UNITS), peak
     return result.out, trace
 
