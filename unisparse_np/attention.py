@@ -94,13 +94,15 @@ def attend(
     q_offset: int | None = None,
     scale: float | None = None,
     key_summary: KeySummary | None = None,
+    q_composites: Any = None,
 ) -> tuple[Any, Trace]:
     """One attention call between parts that trust each other: a loaded backend's own arrays, no batch, no look at the values.
 
-    q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in the backend's computing precision, and its Trace.
+    q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in the backend's computing precision, and its Trace. q_composites:
+    composite tokens of q in the backend's own form, where its `rotate_heads` has pooled them.
     """
     problem = _problem_of(q, k, v, config, causal, q_offset, scale)
-    return _run(q, k, v, problem, config, backend, key_summary, keep_scores=False)
+    return _run(q, k, v, problem, config, backend, key_summary, keep_scores=False, q_composites=q_composites)
 
 
 def load_backend(name: str) -> Any:
@@ -142,11 +144,12 @@ def choose_backend() -> tuple[str, str]:
 
 
 def _run(
-    q: Any, k: Any, v: Any, problem: Problem, config: AttentionConfig, backend: Any, key_summary: KeySummary | None, keep_scores: bool
-) -> tuple[Any, Trace]:
+    q: Any, k: Any, v: Any, problem: Problem, config: AttentionConfig, backend: Any, key_summary: KeySummary | None, keep_scores: bool,
+    q_composites: Any = None,
+) -> tuple[Any, Trace]:  # fmt: skip
     if config == "dense":
         return backend.run_dense(q, k, v, problem)
-    return backend.run_sparse(q, k, v, problem, key_summary, keep_scores)
+    return backend.run_sparse(q, k, v, problem, key_summary, keep_scores, q_composites)
 
 
 def _check_config(config: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,3 +36,11 @@ class Trace:
     def density(self) -> float:
         """Share of the visible blocks that were attended to, anchors counted; sparsity is 1 - density."""
         return self.kept_blocks / self.visible_blocks
+
+    def kept_later(self) -> Callable[[], float]:
+        """A function that gives kept_blocks: a backend whose device may still be counting waits only when it is called.
+
+        It holds no array that is larger than the counts.
+        """
+        kept = self.kept_blocks
+        return lambda: kept

@@ -30,6 +30,7 @@ class ScriptedModel:
 
     max_context = 1000
     config = SimpleNamespace(vocab_size=VOCAB)
+    backend = SimpleNamespace()  # without a sampler of its own
 
     def __init__(self, script):
         self.script = iter(script)
@@ -41,12 +42,12 @@ class ScriptedModel:
         self.capacity = capacity
         return SimpleNamespace()
 
-    def prefill(self, token_ids, cache, attention, *, chunk_size=None, progress=None):
+    def prefill_on_backend(self, token_ids, cache, attention, *, chunk_size=None, progress=None):
         if progress is not None:
             progress(len(token_ids), len(token_ids), 0.5)
         return self._next(token_ids, attention)
 
-    def step(self, token_id, cache, attention):
+    def step_on_backend(self, token_id, cache, attention):
         return self._next([token_id], attention)
 
     def layer_densities(self, cache):

@@ -8,6 +8,7 @@ from unisparse_np import InvalidInput, UniSparseConfig
 from unisparse_np.attention import load_backend
 from unisparse_np.model.config import ModelConfig
 from unisparse_np.model.kv_cache import KVCache
+from unisparse_np.trace import Trace
 
 CONFIG = UniSparseConfig(block_size=8, q_compress=2, k_compress=4, key_anchors=2)
 
@@ -18,11 +19,14 @@ def cache():
     return KVCache(config, 40, load_backend("reference"), np.float64)
 
 
-def fill(cache: KVCache, keys: np.ndarray) -> None:
+def fill(cache: KVCache, keys: np.ndarray, attention="dense") -> None:
     """Append keys [layers, Hkv, T, d] (values are their negatives) the way the model does."""
     for layer, layer_keys in enumerate(keys):
+        running = cache.running_summary(layer, attention)
         k_room, v_room = cache.room(layer, keys.shape[2])
         k_room[...], v_room[...] = layer_keys, -layer_keys
+        if running is not None:
+            running.extend(k_room)
     cache.advance(keys.shape[2])
 
 
@@ -45,41 +49,56 @@ def test_each_key_is_pooled_once_and_the_summary_is_that_of_all_keys(cache, monk
     extend = backend.RunningKeySummary.extend
     monkeypatch.setattr(backend.RunningKeySummary, "extend", lambda self, k: (pooled.append(k.shape[1]), extend(self, k))[1])
     for start, stop in ((0, 8), (8, 9), (9, 30)):
-        fill(cache, keys[:, :, start:stop])
-        summary = cache.key_summary(0, stop, CONFIG)
-        assert cache.key_summary(0, stop, CONFIG).kc.shape == summary.kc.shape
-    assert pooled == [8, 1, 21]
+        fill(cache, keys[:, :, start:stop], CONFIG)
+    summary = cache.running_summary(0, CONFIG).summary()
+    assert pooled == [8, 8, 1, 1, 21, 21]  # two layers
     fresh = backend.RunningKeySummary(CONFIG, 4, 2, 16, 30, np.float64)
     fresh.extend(keys[0])
     for mine, theirs in zip(summary, fresh.summary(), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_summary_made_late_catches_up(cache):
+def test_a_summary_made_late_or_left_behind_catches_up(cache):
     keys = np.random.default_rng(2).standard_normal((2, 2, 20, 16))
-    fill(cache, keys)
-    assert cache.key_summary(0, 20, "dense") is None
-    summary = cache.key_summary(1, 20, CONFIG)
-    np.testing.assert_allclose(summary.kc[:, 0], keys[1][:, :4].mean(axis=1))
+    fill(cache, keys[:, :, :5])
+    assert cache.running_summary(0, "dense") is None
+    assert cache.running_summary(1, CONFIG).length == 5
+    fill(cache, keys[:, :, 5:])  # dense steps
+    running = cache.running_summary(1, CONFIG)
+    assert running.length == 20
+    np.testing.assert_allclose(running.summary().kc[:, 1], keys[1][:, 4:8].mean(axis=1))
 
 
 def test_a_summary_that_ran_ahead_of_an_interrupted_call_is_made_anew(cache):
     keys = np.random.default_rng(3).standard_normal((2, 2, 20, 16))
-    fill(cache, keys[:, :, :8])
+    fill(cache, keys[:, :, :8], CONFIG)
     k_room, _ = cache.room(0, 12)
     k_room[...] = 99.0
-    cache.key_summary(0, 20, CONFIG)  # and then the call was interrupted: no advance
-    k_room[...] = keys[0][:, 8:]
-    np.testing.assert_allclose(cache.key_summary(0, 20, CONFIG).kc[:, 4], keys[0][:, 16:20].mean(axis=1))
+    cache.running_summary(0, CONFIG).extend(k_room)  # and then the call was interrupted: no advance
+    fill(cache, keys[:, :, 8:], CONFIG)
+    np.testing.assert_allclose(cache.running_summary(0, CONFIG).summary().kc[:, 4], keys[0][:, 16:20].mean(axis=1))
 
 
 def test_configs_that_pool_alike_share_one_summary(cache):
     fill(cache, np.ones((2, 2, 8, 16)))
-    first = cache.key_summary(0, 8, CONFIG)
     other_rule = UniSparseConfig(block_size=8, q_compress=4, k_compress=4, key_anchors=2, top_p=0.5)
     other_pool = UniSparseConfig(block_size=8, q_compress=2, k_compress=2, key_anchors=2)
-    assert np.shares_memory(first.kc, cache.key_summary(0, 8, other_rule).kc)
-    assert cache.key_summary(0, 8, other_pool).kc.shape[1] == 4
+    assert cache.running_summary(0, CONFIG) is cache.running_summary(0, other_rule)
+    assert cache.running_summary(0, other_pool).summary().kc.shape[1] == 4
+
+
+def test_counts_are_read_only_when_densities_are_asked_for(cache):
+    class LateTrace(Trace):
+        def kept_later(self):
+            return lambda: read.append(1) or 3.0
+
+    read: list[int] = []
+    assert cache.densities() == []
+    for layer in (0, 0, 1):
+        cache.add_counts(layer, LateTrace("late", 0.0, 4, None))
+    assert read == []
+    assert cache.densities() == [0.75, 0.75]
+    assert len(read) == 3
 
 
 def test_overflow_is_refused(cache):

@@ -42,16 +42,20 @@ def test_layers_are_those_of_the_reference():
     weight, bias, norm = rng.standard_normal((6, 8)).astype(np.float32), np.ones(6, np.float32), rng.random(8).astype(np.float32)
     for name, arguments in {
         "linear": (x, weight, bias),
-        "rms_norm": (x, norm, 1e-5),
+        "rms_norm": (x, norm, 1e-5, x.dtype),
         "swiglu": (np.concatenate([100 * x, x], axis=1),),
         "embedding": (weight, [3, 0, 3], np.dtype(np.float32)),
     }.items():
         np.testing.assert_allclose(getattr(mine, name)(*arguments), getattr(theirs, name)(*arguments), rtol=1e-5, atol=1e-6, err_msg=name)
-    heads, rotated = x.reshape(5, 2, 4), []
+    heads, results = rng.standard_normal((5, 4, 4)).astype(np.float32), []
     for layers in (mine, theirs):
         table = layers.rotary_table(np.array([1.0, 0.1], np.float32), 7, 5, 1.5, np.dtype(np.float32))
-        rotated.append(np.empty((2, 5, 4), np.float32))
-        layers.rotary(heads, table, out=rotated[-1])
-    np.testing.assert_allclose(*rotated, rtol=1e-5, atol=1e-6)
-    for public in ("HELD_DTYPES", "held_dtype", "compute_dtype", "add", "to_host", "xp"):
+        k_room, v_room = np.empty((1, 5, 4), np.float32), np.empty((1, 5, 4), np.float32)
+        q, _ = layers.rotate_heads(heads, table, (norm[:4], norm[4:], 1e-5), k_room, v_room, "dense", None)
+        stream = np.ones((5, 6), np.float32)
+        layers.add_linear(stream, x, weight, bias)
+        results.append((q, k_room, v_room, stream, layers.head(x, weight)))
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for public in ("HELD_DTYPES", "held_dtype", "compute_dtype", "new_pacer", "to_host", "xp"):
         assert hasattr(mine, public)

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unisparse_np.reference import layers
+from unisparse_np import UniSparseConfig
+from unisparse_np.reference import RunningKeySummary, layers
 
 RNG = np.random.default_rng(5)
 
@@ -41,8 +42,8 @@ def test_widening_is_exact_for_every_finite_float16_and_bfloat16(monkeypatch):
 def test_rms_norm():
     x, weight = RNG.standard_normal((3, 2, 16)), RNG.standard_normal(16)
     expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * weight
-    np.testing.assert_allclose(layers.rms_norm(x, weight, 1e-5), expected, rtol=1e-12)
-    assert np.all(layers.rms_norm(np.zeros((1, 16)), weight, 1e-5) == 0)
+    np.testing.assert_allclose(layers.rms_norm(x, weight, 1e-5, x.dtype), expected, rtol=1e-12)
+    assert np.all(layers.rms_norm(np.zeros((1, 16)), weight, 1e-5, weight.dtype) == 0)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])  # one thread, and several
@@ -68,7 +69,33 @@ def test_swiglu_also_where_the_exponential_overflows(rows):
     np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-30)
 
 
-def test_add_is_in_place():
-    x = np.ones((2, 3))
-    layers.add(x, np.full((2, 3), 2.0))
-    np.testing.assert_array_equal(x, 3.0)
+def test_add_linear_adds_the_product_in_place():
+    x, y = RNG.standard_normal((3, 6)).astype(np.float32), RNG.standard_normal((3, 8)).astype(np.float32)
+    weight, bias = RNG.standard_normal((6, 8)).astype(np.float16), RNG.standard_normal(6).astype(np.float32)
+    expected = x.astype(np.float64) + y.astype(np.float64) @ weight.astype(np.float64).T + bias
+    given = x
+    layers.add_linear(x, y, weight, bias)
+    assert given is x
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_heads_fills_the_cache_and_the_summary(normed):
+    """q, k and v of one product: normalised, turned, written into the cache's room, and pooled."""
+    tokens, d = 20, 8
+    qkv = RNG.standard_normal((tokens, 4 + 2 + 2, d))
+    table = layers.rotary_table(np.array([1.0, 0.3, 0.1, 0.01], np.float32), 5, tokens, 1.25, np.dtype(np.float64))
+    norms = (RNG.standard_normal(d), RNG.standard_normal(d), 1e-5) if normed else None
+    config = UniSparseConfig(block_size=8, q_compress=2, k_compress=4)
+    running, expected = (RunningKeySummary(config, 4, 2, d, 32, np.float64) for _ in range(2))
+    k_room, v_room = np.empty((2, tokens, d)), np.empty((2, tokens, d))
+    q, q_composites = layers.rotate_heads(qkv, table, norms, k_room, v_room, config, running)
+    assert q_composites is None
+    for found, heads, norm in ((q, qkv[:, :4], 0), (k_room, qkv[:, 4:6], 1)):
+        wanted = np.empty_like(found)
+        layers.rotary(layers.rms_norm(heads, norms[norm], 1e-5, heads.dtype) if normed else heads, table, wanted)
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(v_room, qkv[:, 6:].transpose(1, 0, 2))
+    expected.extend(k_room)
+    np.testing.assert_array_equal(running.summary().kc, expected.summary().kc)
+    layers.rotate_heads(qkv, table, norms, k_room, v_room, "dense", None)

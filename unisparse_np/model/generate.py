@@ -79,7 +79,7 @@ def stream_generate(
         CheckpointError: the chat template is broken; from the iterator: the logits are not finite.
     """
     stopwatch = Stopwatch(started=time.perf_counter())
-    sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampler = _sampler_of(model, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = StopStrings(stop)
     stop_token_ids = {token_id for text in stop_strings.texts if (token_id := tokenizer.special_token_id(text)) is not None}
     prompt_ids = _prompt_ids(model, tokenizer, prompt, system, raw)
@@ -87,11 +87,11 @@ def stream_generate(
     model.new_cache(1, decode_attention)  # has decode_attention checked before the prefill
     cache = model.new_cache(len(prompt_ids) + max_tokens - 1, attention)
 
-    def prefill() -> np.ndarray:
-        return model.prefill(prompt_ids, cache, attention, chunk_size=chunk_size, progress=progress)
+    def prefill() -> Any:
+        return model.prefill_on_backend(prompt_ids, cache, attention, chunk_size=chunk_size, progress=progress)
 
-    def step(token_id: int) -> np.ndarray:
-        return model.step(token_id, cache, decode_attention)
+    def step(token_id: int) -> Any:
+        return model.step_on_backend(token_id, cache, decode_attention)
 
     token_ids = _generate_tokens(prefill, step, sampler, prompt_ids, max_tokens, stopwatch)
     ends: dict[int, FinishReason] = {token_id: "eos" for token_id in tokenizer.eos_token_ids}
@@ -105,10 +105,17 @@ def generate(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int], **
     return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
 
 
+def _sampler_of(model: Llama, *settings: Any) -> Callable[[Any, np.ndarray], int]:
+    """What chooses a token from the backend's logits: the backend's own sampler where it has one. Checks the settings."""
+    sampler = Sampler(*settings)
+    new_sampler = getattr(model.backend, "new_sampler", None)
+    return sampler if new_sampler is None else new_sampler(*settings, model.config.vocab_size)
+
+
 def _generate_tokens(
-    prefill: Callable[[], np.ndarray],
-    step: Callable[[int], np.ndarray],
-    sampler: Sampler,
+    prefill: Callable[[], Any],
+    step: Callable[[int], Any],
+    sampler: Callable[[Any, np.ndarray], int],
     prompt_ids: list[int],
     max_tokens: int,
     stopwatch: Stopwatch,
@@ -117,9 +124,8 @@ def _generate_tokens(
     ids = np.empty(len(prompt_ids) + max_tokens, dtype=np.int64)  # prompt and answer so far
     ids[: len(prompt_ids)] = prompt_ids
     begin = time.perf_counter()
-    logits = prefill()  # [vocab]
+    token_id = sampler(prefill(), ids[: len(prompt_ids)])  # waits for a device, so that the time is the work's
     stopwatch.prefill_seconds = time.perf_counter() - begin
-    token_id = sampler(logits, ids[: len(prompt_ids)])
     stopwatch.time_to_first_token = time.perf_counter() - stopwatch.started
     yield token_id
     for length in range(len(prompt_ids) + 1, len(ids)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
-from ..problem import KeySummary
+from ..trace import Trace
 from .config import ModelConfig
 
 
@@ -19,7 +20,6 @@ class KVCache:
 
     Attributes:
         length, capacity: tokens held, and the most that fit.
-        kept_blocks, visible_blocks: per layer, summed over the prefill's chunks; their ratio is the layer's density.
         inv_freq, rotary_factor: the rotary frequencies, fixed when the first prompt's length is known; None before.
     """
 
@@ -34,12 +34,13 @@ class KVCache:
             raise InvalidInput(f"a cache of {capacity} tokens does not fit this machine's memory: lower the context length") from None
         self.capacity = capacity
         self.length = 0
-        self.kept_blocks = [0.0] * config.num_hidden_layers
-        self.visible_blocks = [0] * config.num_hidden_layers
+        self.decoders: dict[Any, Any] = {}  # what the model made for decode steps over this cache, by their attention
         self.inv_freq: Any = None
         self.rotary_factor = 1.0
         self._config, self._backend, self._dtype = config, backend, dtype
         self._summaries: list[dict[tuple, Any]] = [{} for _ in range(config.num_hidden_layers)]
+        self._kept: list[list[Callable[[], float]]] = [[] for _ in range(config.num_hidden_layers)]  # a count a call
+        self._visible = [0] * config.num_hidden_layers
 
     def require_room(self, tokens: int) -> None:
         """Raises InvalidInput when so many more tokens do not fit."""
@@ -57,19 +58,27 @@ class KVCache:
         """Keys and values of positions 0 .. length-1: two views [Hkv, length, d]."""
         return self._keys[layer, :, :length], self._values[layer, :, :length]
 
-    def key_summary(self, layer: int, length: int, attention: AttentionConfig) -> KeySummary | None:
-        """Composite keys and anchors of positions 0 .. length-1; None for dense attention. Each key is looked at once."""
+    def running_summary(self, layer: int, attention: AttentionConfig) -> Any:
+        """The layer's RunningKeySummary for what this config pools by, of the `length` keys held now; None for dense attention.
+
+        Made on first use. Whoever writes the next keys into `room` hands them to it, so that each key is looked at once.
+        """
         if not isinstance(attention, UniSparseConfig):
             return None
-        running = self._running_summary(layer, attention)
-        if running.length < length:
-            running.extend(self._keys[layer, :, running.length : length])
-        return running.summary()
+        kind = (attention.block_size, attention.k_compress, attention.head_compress, attention.key_anchors)
+        known = self._summaries[layer]
+        if kind not in known or known[kind].length > self.length:  # ahead only after a call that was interrupted
+            heads = (self._config.num_attention_heads, self._config.num_key_value_heads)
+            known[kind] = self._backend.RunningKeySummary(attention, *heads, self._config.head_dim, self.capacity, self._dtype)
+        running = known[kind]
+        if running.length < self.length:  # steps with another attention came between
+            running.extend(self._keys[layer, :, running.length : self.length])
+        return running
 
-    def add_counts(self, layer: int, kept_blocks: float, visible_blocks: int) -> None:
-        """Add one chunk's counts to the layer's density."""
-        self.kept_blocks[layer] += kept_blocks
-        self.visible_blocks[layer] += visible_blocks
+    def add_counts(self, layer: int, trace: Trace) -> None:
+        """Add one attention call's counts to the layer's density. They are read from the device when someone asks for it."""
+        self._kept[layer].append(trace.kept_later())
+        self._visible[layer] += trace.visible_blocks
 
     def advance(self, tokens: int) -> None:
         """All layers have written the next tokens: they now count."""
@@ -77,13 +86,4 @@ class KVCache:
 
     def densities(self) -> list[float]:
         """One density a layer (kept over visible blocks of the prefill); empty before the first prefill."""
-        return [kept / visible for kept, visible in zip(self.kept_blocks, self.visible_blocks, strict=True) if visible]
-
-    def _running_summary(self, layer: int, attention: UniSparseConfig) -> Any:
-        """The layer's summary for what this config pools by, made on first use."""
-        kind = (attention.block_size, attention.k_compress, attention.head_compress, attention.key_anchors)
-        known = self._summaries[layer]
-        if kind not in known or known[kind].length > self.length:  # ahead only after a call that was interrupted
-            heads = (self._config.num_attention_heads, self._config.num_key_value_heads)
-            known[kind] = self._backend.RunningKeySummary(attention, *heads, self._config.head_dim, self.capacity, self._dtype)
-        return known[kind]
+        return [sum(count() for count in kept) / visible for kept, visible in zip(self._kept, self._visible, strict=True) if visible]

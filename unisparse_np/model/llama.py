@@ -12,7 +12,7 @@ import numpy as np
 
 from ..attention import AttentionConfig, attend
 from ..config import UniSparseConfig
-from ..errors import InvalidInput
+from ..errors import CheckpointError, InvalidInput
 from ..problem import ceil_div
 from ..trace import Trace
 from .config import ModelConfig
@@ -36,6 +36,7 @@ class Llama:
         config: the ModelConfig.
         backend: the loaded backend module.
         max_context: the most positions a sequence may have: max_position_embeddings, or what the caller set instead.
+        check_finite: look after every half layer for NaN and infinity, and name the first place; False, which costs nothing.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, backend: Any, max_context: int | None = None) -> None:
@@ -43,7 +44,10 @@ class Llama:
             raise InvalidInput(f"max_context={max_context} leaves no room: give at least 1, or None for the model's own limit")
         self.config, self.weights, self.backend = config, weights, backend
         self.max_context = config.max_position_embeddings if max_context is None else max_context
+        self.check_finite = False
         self._layers = backend.layers
+        self._keep_pace = backend.layers.new_pacer()
+        self._new_decoder = getattr(backend, "new_decoder", None)
         self._dtype = self._layers.compute_dtype(weights.embedding.dtype)
 
     # ---- what callers use ----
@@ -80,8 +84,8 @@ class Llama:
             token_ids: T ids; their keys and values are appended to the cache.
             chunk_size: tokens at a time; rounded up to a multiple of the block size, with a warning. The result does not
                 depend on it.
-            progress: called after each chunk with (tokens done, tokens in all, mean density of the layers
-                so far).
+            progress: called after each chunk with (tokens done, tokens in all, mean density of the layers so far). A device
+                is waited for then.
             observer: called at every layer of every chunk with (layer, q, k, v, out, trace) of its attention call: the
                 backend's arrays, after rotary embedding, q of the chunk and k, v of all tokens so far. Views, valid
                 during the call.
@@ -92,6 +96,21 @@ class Llama:
         Raises:
             InvalidInput: no token, an id outside the vocabulary, or more tokens than the cache or the model can hold.
         """
+        return self._to_host(
+            self.prefill_on_backend(token_ids, cache, attention, chunk_size=chunk_size, progress=progress, observer=observer)
+        )
+
+    def prefill_on_backend(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        attention: Attention,
+        *,
+        chunk_size: int | None = None,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+    ) -> Any:
+        """The same, but the logits stay the backend's array."""
         configs = self._attention_per_layer(attention)
         self._check_tokens(token_ids)
         self._begin(cache, len(token_ids))
@@ -104,10 +123,19 @@ class Llama:
 
     def step(self, token_id: int, cache: KVCache, attention: Attention) -> np.ndarray:
         """Read one more token (decode) -> logits [vocab], as from `prefill`. It does not change the densities."""
+        return self._to_host(self.step_on_backend(token_id, cache, attention))
+
+    def step_on_backend(self, token_id: int, cache: KVCache, attention: Attention) -> Any:
+        """The same, but the logits stay the backend's array, valid until the next step over this cache."""
         configs = self._attention_per_layer(attention)
         self._check_tokens([token_id])
         self._begin(cache, 1)
-        return self._head(self._forward([token_id], cache, configs, count=False))[0]
+        if self._new_decoder is None or self.check_finite:
+            return self._head(self._forward([token_id], cache, configs, count=False))[0]
+        key = tuple(configs)
+        if key not in cache.decoders:
+            cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs)
+        return cache.decoders[key].step(token_id)
 
     def logits(
         self, token_ids: Sequence[int], attention: Attention = "dense", *, chunk_size: int | None = None, cache: KVCache | None = None
@@ -142,7 +170,10 @@ class Llama:
         self._check_tokens(token_ids)
         chunks = self._chunks(len(token_ids), configs, chunk_size)
         self._begin(cache, len(token_ids))
-        return (self._head(self._forward(token_ids[start:stop], cache, configs, count=True, observer=observer)) for start, stop in chunks)
+        return (
+            self._to_host(self._head(self._forward(token_ids[start:stop], cache, configs, count=True, observer=observer)))
+            for start, stop in chunks
+        )
 
     def layer_densities(self, cache: KVCache) -> list[float]:
         """The prefill's density, one ratio a layer; empty before the first prefill."""
@@ -153,15 +184,20 @@ class Llama:
         self, token_ids: Sequence[int], cache: KVCache, configs: list[AttentionConfig], count: bool, observer: Observer | None = None
     ) -> Any:
         """T ids after those in the cache -> their hidden states [T, hidden] before the last norm."""
-        layers = self._layers
+        layers, eps = self._layers, self.config.rms_norm_eps
         x = layers.embedding(self.weights.embedding, token_ids, self._dtype)  # [T, hidden]
         rotation = layers.rotary_table(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self._dtype)
+        self._check(x, cache, "the embedding")
         for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
-            normed = layers.rms_norm(x, weights.input_norm, self.config.rms_norm_eps)
-            layers.add(x, self._attention(index, weights, normed, rotation, cache, config, count, observer))
-            normed = layers.rms_norm(x, weights.post_attention_norm, self.config.rms_norm_eps)
+            normed = layers.rms_norm(x, weights.input_norm, eps, self._dtype)
+            attended = self._attention(index, weights, normed, rotation, cache, config, count, observer)
+            layers.add_linear(x, attended, weights.output, weights.output_bias)
+            self._check(x, cache, f"layer {index}, in attention")
+            normed = layers.rms_norm(x, weights.post_attention_norm, eps, self._dtype)
             gate_up = layers.linear(normed, weights.gate_up, weights.gate_up_bias)  # [T, 2 * intermediate]
-            layers.add(x, layers.linear(layers.swiglu(gate_up), weights.down, weights.down_bias))
+            layers.add_linear(x, layers.swiglu(gate_up), weights.down, weights.down_bias)
+            self._check(x, cache, f"layer {index}, in the MLP")
+            self._keep_pace()
         cache.advance(len(token_ids))
         return x
 
@@ -169,34 +205,43 @@ class Llama:
         self, index: int, weights: LayerWeights, x: Any, rotation: Any, cache: KVCache, config: AttentionConfig, count: bool,
         observer: Observer | None,
     ) -> Any:  # fmt: skip
-        """One attention block: x [T, hidden], normed -> [T, hidden]."""
+        """One layer's attention before its output product: x [T, hidden], normed -> [T, Hq d]."""
         layers, shape = self._layers, self.config
         tokens, stop = len(x), cache.length + len(x)
         qkv = layers.linear(x, weights.qkv, weights.qkv_bias).reshape(tokens, -1, shape.head_dim)  # [T, Hq + 2 Hkv, d]
-        kv_start, v_start = shape.num_attention_heads, shape.num_attention_heads + shape.num_key_value_heads
-        q, k, v = qkv[:, :kv_start], qkv[:, kv_start:v_start], qkv[:, v_start:]  # [T, H, d]
-        if weights.q_norm is not None:
-            q = layers.rms_norm(q, weights.q_norm, shape.rms_norm_eps)
-            k = layers.rms_norm(k, weights.k_norm, shape.rms_norm_eps)
-        k_room, v_room = cache.room(index, tokens)
-        layers.rotary(k, rotation, out=k_room)
-        v_room[...] = v.transpose(1, 0, 2)
-        q_rotated = layers.xp.empty((shape.num_attention_heads, tokens, shape.head_dim), dtype=self._dtype)
-        layers.rotary(q, rotation, out=q_rotated)
+        norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm, shape.rms_norm_eps)
+        running = cache.running_summary(index, config)
+        q, q_composites = layers.rotate_heads(qkv, rotation, norms, *cache.room(index, tokens), config, running)  # [Hq, T, d]
         keys, values = cache.upto(index, stop)
-        summary = cache.key_summary(index, stop, config)
-        out, trace = attend(q_rotated, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary)  # [Hq, T, d]
+        summary = None if running is None else running.summary()
+        out, trace = attend(
+            q, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary, q_composites=q_composites
+        )  # [Hq, T, d]
         if count:
-            cache.add_counts(index, trace.kept_blocks, trace.visible_blocks)
+            cache.add_counts(index, trace)
         if observer is not None:
-            observer(index, q_rotated, keys, values, out, trace)
-        return layers.linear(out.transpose(1, 0, 2).reshape(tokens, -1), weights.output, weights.output_bias)
+            observer(index, q, keys, values, out, trace)
+        return out.transpose(1, 0, 2).reshape(tokens, -1)
 
-    def _head(self, hidden: Any) -> np.ndarray:
-        """hidden [T, hidden] -> logits [T, vocab] on the host."""
-        normed = self._layers.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
-        logits = self._layers.to_host(self._layers.linear(normed, self.weights.head))
-        return logits if logits.dtype == np.float64 else logits.astype(np.float32, copy=False)
+    def _head(self, hidden: Any) -> Any:
+        """hidden [T, hidden] -> logits [T, vocab], the backend's."""
+        normed = self._layers.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps, self._dtype)
+        return self._layers.head(normed, self.weights.head)
+
+    def _to_host(self, logits: Any) -> np.ndarray:
+        host: np.ndarray = self._layers.to_host(logits)
+        return host
+
+    def _check(self, x: Any, cache: KVCache, place: str) -> None:
+        """With check_finite: raises CheckpointError when the stream x [T, hidden] holds NaN or infinity after this place."""
+        if not self.check_finite:
+            return
+        rows = self._layers.to_host(self._layers.xp.isfinite(x).all(axis=1))  # [T]
+        if not rows.all():
+            raise CheckpointError(
+                f"NaN or infinite numbers first appear after {place}, at token {cache.length + int(rows.argmin())} of the sequence: the "
+                "weights there hold such values or the arithmetic overflowed, so check the checkpoint or load it with --dtype float32"
+            )
 
     # ---- before any work starts ----
     def _begin(self, cache: KVCache, tokens: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -67,6 +68,16 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     return out
 
 
+def add_linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
+    """x += y W^T + b, in place: the residual connection. x [T, out], y [T, in], weight [out, in], bias [out]."""
+    x += linear(y, weight, bias)
+
+
+def head(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Logits x W^T: x [T, hidden], weight [vocab, hidden] -> [T, vocab] float32, or float64 from float64."""
+    return linear(x, weight)
+
+
 def _multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
     """out = x @ weight. Many rows are shared out among our own threads: BLAS's would go on spinning for milliseconds after
     the product, on the cores that attention wants next.
@@ -99,8 +110,11 @@ def widen(weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return wide
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight along the last axis: x [..., n], weight [n] -> a new [..., n]."""
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, dtype: np.dtype) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight along the last axis: x [..., n], weight [n] -> a new [..., n].
+
+    dtype is what products are computed in, here x's own; other backends keep x wider than that.
+    """
     mean_square = np.einsum("...n,...n->...", x, x)[..., None] / x.dtype.type(x.shape[-1])  # [..., 1]
     out = x * (1 / np.sqrt(mean_square + x.dtype.type(eps)))
     out *= weight
@@ -118,6 +132,43 @@ def rotary_table(inv_freq: np.ndarray, start: int, length: int, factor: float, d
     table.real, table.imag = np.cos(angles), np.sin(angles)
     table *= dtype.type(factor)
     return table
+
+
+def rotate_heads(
+    qkv: np.ndarray,
+    table: np.ndarray,
+    norms: tuple[np.ndarray, np.ndarray, float] | None,
+    k_room: np.ndarray,
+    v_room: np.ndarray,
+    config: Any,
+    summary: Any,
+) -> tuple[np.ndarray, None]:
+    """From one product to attention's inputs: norms of q and k, rotary embedding, keys and values into the cache.
+
+    Args:
+        qkv: [T, Hq + 2 Hkv, d], queries first.
+        table: as `rotary_table` makes it for these T positions.
+        norms: (q_norm [d], k_norm [d], eps) of a model that normalises each head, otherwise None.
+        k_room, v_room: [Hkv, T, d] of the cache, written.
+        config: the layer's attention; a backend that pools queries here needs it.
+        summary: the RunningKeySummary of all keys before these, or None; it takes the new ones in.
+
+    Returns:
+        (q [Hq, T, d], None): the queries' composite tokens, which other backends pool on the way, are left to `run_sparse`.
+    """
+    kv_heads = len(k_room)
+    v_start = qkv.shape[1] - kv_heads
+    q, k, v = qkv[:, : v_start - kv_heads], qkv[:, v_start - kv_heads : v_start], qkv[:, v_start:]  # [T, H, d]
+    if norms is not None:
+        q_norm, k_norm, eps = norms
+        q, k = rms_norm(q, q_norm, eps, qkv.dtype), rms_norm(k, k_norm, eps, qkv.dtype)
+    rotary(k, table, out=k_room)
+    v_room[...] = v.transpose(1, 0, 2)
+    q_rotated: np.ndarray = np.empty((q.shape[1], len(q), q.shape[2]), dtype=qkv.dtype)
+    rotary(q, table, out=q_rotated)
+    if summary is not None:
+        summary.extend(k_room)
+    return q_rotated, None
 
 
 def rotary(x: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
@@ -154,9 +205,9 @@ def swiglu(gate_up: np.ndarray) -> np.ndarray:
     return out
 
 
-def add(x: np.ndarray, y: np.ndarray) -> None:
-    """x += y, in place: the residual connection."""
-    x += y
+def new_pacer() -> Callable[[], None]:
+    """What the model calls after each layer, so that a host never runs far ahead of its device. NumPy has finished by then."""
+    return lambda: None
 
 
 def to_host(x: np.ndarray) -> np.ndarray:

@@ -33,9 +33,18 @@ def summarise_keys(k: np.ndarray, problem: Problem) -> KeySummary:
 
 
 def run_sparse(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Problem, key_summary: KeySummary | None = None, keep_scores: bool = False
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    problem: Problem,
+    key_summary: KeySummary | None = None,
+    keep_scores: bool = False,
+    q_composites: None = None,
 ) -> tuple[np.ndarray, Trace]:
-    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] and its Trace (with qc, kc, mean, peak if keep_scores)."""
+    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] and its Trace (with qc, kc, mean, peak if keep_scores).
+
+    q_composites: None, as queries are pooled here; a backend that pools them in its `rotate_heads` takes them.
+    """
     k, v = widen(k), widen(v)
     summary = summarise_keys(k, problem) if key_summary is None else key_summary
     parts = split(problem)

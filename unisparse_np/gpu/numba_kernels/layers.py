@@ -7,6 +7,9 @@ those of the other backends' layers; these hold weights in float32 or float64, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 xp = np
@@ -40,8 +43,18 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     return out if bias is None else out + bias
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight along the last axis: x [..., n], weight [n] -> [..., n]."""
+def add_linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
+    """x += y W^T + b, in place: the residual connection."""
+    x += linear(y, weight, bias)
+
+
+def head(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Logits x W^T: x [T, hidden], weight [vocab, hidden] -> [T, vocab]."""
+    return linear(x, weight)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, dtype: np.dtype) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight along the last axis: x [..., n], weight [n] -> [..., n] of dtype, here x's own."""
     mean_square = np.mean(x * x, axis=-1, keepdims=True)
     return x / np.sqrt(mean_square + x.dtype.type(eps)) * weight
 
@@ -54,6 +67,35 @@ def rotary_table(inv_freq: np.ndarray, start: int, length: int, factor: float, d
     positions = np.arange(start, start + length, dtype=np.float32)
     angles = (positions[:, None] * inv_freq).astype(dtype, copy=False)
     return np.cos(angles) * dtype.type(factor), np.sin(angles) * dtype.type(factor)
+
+
+def rotate_heads(
+    qkv: np.ndarray,
+    table: tuple[np.ndarray, np.ndarray],
+    norms: tuple[np.ndarray, np.ndarray, float] | None,
+    k_room: np.ndarray,
+    v_room: np.ndarray,
+    config: Any,
+    summary: Any,
+) -> tuple[np.ndarray, None]:
+    """From one product to attention's inputs: norms of q and k, rotary embedding, keys and values into the cache.
+
+    qkv [T, Hq + 2 Hkv, d], queries first; norms (q_norm [d], k_norm [d], eps) or None; k_room, v_room [Hkv, T, d] are
+    written; summary, the RunningKeySummary of all keys before, takes the new ones in -> (q [Hq, T, d], None): composite
+    queries are left to `run_sparse`.
+    """
+    kv_heads = len(k_room)
+    q, k, v = np.split(qkv, [qkv.shape[1] - 2 * kv_heads, qkv.shape[1] - kv_heads], axis=1)  # [T, H, d]
+    if norms is not None:
+        q_norm, k_norm, eps = norms
+        q, k = rms_norm(q, q_norm, eps, qkv.dtype), rms_norm(k, k_norm, eps, qkv.dtype)
+    rotary(k, table, out=k_room)
+    v_room[...] = v.transpose(1, 0, 2)
+    q_rotated: np.ndarray = np.empty((q.shape[1], len(q), q.shape[2]), dtype=qkv.dtype)
+    rotary(q, table, out=q_rotated)
+    if summary is not None:
+        summary.extend(k_room)
+    return q_rotated, None
 
 
 def rotary(x: np.ndarray, table: tuple[np.ndarray, np.ndarray], out: np.ndarray) -> None:
@@ -70,9 +112,9 @@ def swiglu(gate_up: np.ndarray) -> np.ndarray:
         return gate / (1 + np.exp(-gate)) * up
 
 
-def add(x: np.ndarray, y: np.ndarray) -> None:
-    """x += y, in place: the residual connection."""
-    x += y
+def new_pacer() -> Callable[[], None]:
+    """What the model calls after each layer: nothing, as every call here has finished when it returns."""
+    return lambda: None
 
 
 def to_host(x: np.ndarray) -> np.ndarray:

@@ -20,9 +20,12 @@ from .tile import IN_SIMULATOR
 
 
 def run_sparse(
-    q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None = None, keep_scores: bool = False
+    q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None = None, keep_scores: bool = False, q_composites: None = None
 ) -> tuple[Any, Trace]:
-    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] and its Trace (with qc, kc, mean, peak if keep_scores)."""
+    """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] and its Trace (with qc, kc, mean, peak if keep_scores).
+
+    q_composites: None, as queries are pooled here.
+    """
     queries, keys, values = computing(q), computing(k), computing(v)
     summary = summarise_keys(keys, problem) if key_summary is None else KeySummary(*(to_device(part) for part in key_summary))
     qc, kc = compress(queries, keys, problem, summary)
