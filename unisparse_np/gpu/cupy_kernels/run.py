@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -38,8 +38,13 @@ class DeviceTrace(Trace):
     @property
     def kept_blocks(self) -> float:  # type: ignore[override]
         """Selected blocks, plus r / S for each visible block that was not."""
-        selected = int(self._block_mask.counts.sum(dtype=np.int64)) * self._block_mask.heads_per_row
-        return self._problem.config.kept_blocks(selected, self.visible_blocks)
+        return self.kept_later()()
+
+    def kept_later(self) -> Callable[[], float]:
+        """A function that gives kept_blocks and waits for the device when it is called; it holds the counts [rows] alone."""
+        counts, heads_per_row = self._block_mask.counts, self._block_mask.heads_per_row
+        config, visible = self._problem.config, self.visible_blocks
+        return lambda: config.kept_blocks(int(counts.sum(dtype=np.int64)) * heads_per_row, visible)
 
 
 def run_sparse(
