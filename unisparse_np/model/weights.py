@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, InvalidInput
-from .config import ModelConfig, read_json_object
+from .checkpoint import Slot, check_names, check_shapes, expected_tensors, locate, opened
+from .config import ModelConfig
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-READABLE = ("F32", "F16", "BF16")
-NAMES_SHOWN = 4  # of missing or unknown tensors in one sentence
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Field = tuple[int | None, str]  # layer (None: of the whole model) and name of a field of LayerWeights or Weights
+PIECE_BYTES = 16 << 20  # of a tensor that is converted, copied and looked at in one go
+LARGEST_FINITE_BITS = {np.dtype(np.float16): 0x7BFF, np.dtype(ml_dtypes.bfloat16): 0x7F7F}
 
 
 @dataclass
@@ -48,41 +49,32 @@ class Weights:
     head: Any  # [vocab, hidden]
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one stored tensor belongs: rows `start ..` of field `field` of layer `layer` (None: of the whole model)."""
-
-    layer: int | None
-    field: str
-    start: int
-    shape: tuple[int, ...]
-
-
-def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "auto") -> Weights:
+def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "auto", progress: Progress | None = None) -> Weights:
     """Read model.safetensors, or the shards of model.safetensors.index.json.
+
+    A tensor at a time goes from the file to where the backend computes; the whole is never held twice.
 
     Args:
         layers: the backend's layers module, which decides how "auto" is held and where arrays live.
-        dtype: how matrices are held: auto, float32, float16, bfloat16 or float64.
+        dtype: how matrices are held: auto, float32, float16, bfloat16 or float64, of those that the backend offers.
+        progress: called after each tensor with (bytes done, bytes in all), as held.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors; a tensor is missing, unknown, of a wrong shape
-            or dtype; a weight is not finite, or does not fit float16 when that is asked for.
+            or dtype; the weights are larger than the memory that is free; a weight is not finite, or does not fit float16
+            when that is asked for.
         InvalidInput: an unknown dtype.
     """
     if dtype != "auto" and dtype not in layers.HELD_DTYPES:
         raise InvalidInput(f"dtype={dtype!r} is not known: give auto, {', '.join(layers.HELD_DTYPES)}")
     slots = expected_tensors(config)
-    where = _locate(folder)
-    _check_names(where, slots, config)
-    stored = _check_shapes(folder, where, slots)
-    held = layers.held_dtype(dtype, stored)
+    where = locate(folder)
+    check_names(where, slots, config)
+    held = layers.held_dtype(dtype, check_shapes(folder, where, slots))
+    _check_room(folder, slots, layers, held)
     try:
         fields = _allocate(slots, layers, held)
-        for name, tensor in _read(folder, where, slots):
-            slot = slots[name]
-            target = fields[slot.layer, slot.field]
-            target[slot.start : slot.start + slot.shape[0]] = layers.xp.asarray(_convert(name, tensor, target.dtype))
+        _fill(fields, folder, where, slots, layers, progress)
     except MemoryError:
         raise CheckpointError(
             f"{folder}: the weights do not fit this machine's memory as {held}: try dtype='bfloat16', or a smaller model"
@@ -96,117 +88,59 @@ def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "a
     return Weights(layers=[LayerWeights(**fields) for fields in per_layer], **whole)
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, Slot]:
-    """Every tensor that a model of this config has, by transformers' name."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    slots = {
-        "model.embed_tokens.weight": Slot(None, "embedding", 0, (vocab, hidden)),
-        "model.norm.weight": Slot(None, "norm", 0, (hidden,)),
-    }
-    if not config.tie_word_embeddings:
-        slots["lm_head.weight"] = Slot(None, "head", 0, (vocab, hidden))
-    for layer in range(config.num_hidden_layers):
-        for name, (field, start, shape) in _layer_tensors(config).items():
-            slots[f"model.layers.{layer}.{name}"] = Slot(layer, field, start, shape)
-    return slots
+def _dtype_of(shape: tuple[int, ...], layers: Any, held: np.dtype) -> np.dtype:
+    """Matrices as held, vectors (norms and biases) in what the backend adds and multiplies them in."""
+    dtype: np.dtype = held if len(shape) > 1 else layers.vector_dtype(held)
+    return dtype
 
 
-def _layer_tensors(config: ModelConfig) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-    """One layer's tensors: name -> (field, first row in it, shape)."""
-    hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
-    q_rows, kv_rows = config.num_attention_heads * d, config.num_key_value_heads * d
-    tensors: dict[str, tuple[str, int, tuple[int, ...]]] = {
-        "input_layernorm.weight": ("input_norm", 0, (hidden,)),
-        "post_attention_layernorm.weight": ("post_attention_norm", 0, (hidden,)),
-    }
-    if config.query_key_norm:
-        tensors["self_attn.q_norm.weight"] = ("q_norm", 0, (d,))
-        tensors["self_attn.k_norm.weight"] = ("k_norm", 0, (d,))
-    matrices = {
-        "self_attn.q_proj": ("qkv", 0, (q_rows, hidden), config.attention_bias),
-        "self_attn.k_proj": ("qkv", q_rows, (kv_rows, hidden), config.attention_bias),
-        "self_attn.v_proj": ("qkv", q_rows + kv_rows, (kv_rows, hidden), config.attention_bias),
-        "self_attn.o_proj": ("output", 0, (hidden, q_rows), config.attention_output_bias),
-        "mlp.gate_proj": ("gate_up", 0, (inner, hidden), config.mlp_bias),
-        "mlp.up_proj": ("gate_up", inner, (inner, hidden), config.mlp_bias),
-        "mlp.down_proj": ("down", 0, (hidden, inner), config.mlp_bias),
-    }
-    for name, (field, start, shape, has_bias) in matrices.items():
-        tensors[f"{name}.weight"] = (field, start, shape)
-        if has_bias:
-            tensors[f"{name}.bias"] = (f"{field}_bias", start, shape[:1])
-    return tensors
+def _bytes_of(slots: dict[str, Slot], layers: Any, held: np.dtype) -> int:
+    return sum(prod(slot.shape) * _dtype_of(slot.shape, layers, held).itemsize for slot in slots.values())
 
 
-# ---- checks that read headers only ----
-def _locate(folder: Path) -> dict[str, str]:
-    """Which file of the folder holds each tensor."""
-    if (folder / SINGLE_FILE).exists():
-        with _opened(folder / SINGLE_FILE) as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
-    if not (folder / INDEX_FILE).exists():
-        raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give a folder with safetensors weights")
-    where = read_json_object(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map of tensor names to files: download the model again")
-    for shard in sorted(set(where.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{folder / INDEX_FILE} names {shard!r}, which is not a plain file name: download the model again")
-        if not (folder / shard).exists():
-            raise CheckpointError(f"{folder / shard} is missing, but the index names it: download that shard again")
-    for shard in sorted(set(where.values())):
-        with _opened(folder / shard) as file:
-            absent = {name for name, holder in where.items() if holder == shard} - set(file.keys())
-        if absent:
-            raise CheckpointError(f"{folder / shard} lacks {_listed(absent)}, which the index says it holds: download that shard again")
-    return where
-
-
-def _check_names(where: dict[str, str], slots: dict[str, Slot], config: ModelConfig) -> None:
-    if missing := slots.keys() - where.keys():
+def _check_room(folder: Path, slots: dict[str, Slot], layers: Any, held: np.dtype) -> None:
+    """Raises CheckpointError where a device has less memory free than the weights will take. A host pages; it is not asked."""
+    if layers.memory is None:
+        return
+    needed, free = _bytes_of(slots, layers, held), layers.memory.free_bytes()
+    if needed > free:
         raise CheckpointError(
-            f"the checkpoint lacks {_listed(missing)}, which a {config.model_type} model of this config.json needs: download it again"
-        )
-    unknown = {name for name in where.keys() - slots.keys() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        unknown.discard("lm_head.weight")  # a copy of the embedding
-    if unknown:
-        raise CheckpointError(
-            f"the checkpoint holds {_listed(unknown)}, which a {config.model_type} model of this config.json does not have: "
-            "use the config.json that belongs to these weights"
+            f"{folder}: the checkpoint needs {needed / 2**30:.1f} GiB as {held}, and the GPU has {free / 2**30:.1f} GiB free: "
+            "end what else runs on it, hold the weights in 16 bits (--dtype bfloat16), or use a smaller model or --backend reference"
         )
 
 
-def _check_shapes(folder: Path, where: dict[str, str], slots: dict[str, Slot]) -> str:
-    """Compare every shape and dtype with the config; returns the embedding's dtype."""
-    stored = ""
-    for shard in sorted({where[name] for name in slots}):
-        with _opened(folder / shard) as file:
-            for name in sorted(name for name in slots if where[name] == shard):
-                header = file.get_slice(name)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                if shape != slots[name].shape:
-                    raise CheckpointError(
-                        f"{name} has shape {list(shape)}, but config.json makes it {list(slots[name].shape)}: "
-                        "use the config.json that belongs to these weights"
-                    )
-                if dtype not in READABLE:
-                    raise CheckpointError(f"{name} is stored as {dtype}, but only {', '.join(READABLE)} are read: convert it first")
-                if name == "model.embed_tokens.weight":
-                    stored = dtype
-    return stored
-
-
-# ---- reading ----
-def _allocate(slots: dict[str, Slot], layers: Any, held: np.dtype) -> dict[tuple[int | None, str], Any]:
-    """One array for each field, matrices as held and vectors in computing precision."""
-    rows: dict[tuple[int | None, str], int] = {}
-    width: dict[tuple[int | None, str], tuple[int, ...]] = {}
+def _allocate(slots: dict[str, Slot], layers: Any, held: np.dtype) -> dict[Field, Any]:
+    """One array for each field."""
+    rows: dict[Field, int] = {}
     for slot in slots.values():
         key = (slot.layer, slot.field)
         rows[key] = max(rows.get(key, 0), slot.start + slot.shape[0])
-        width[key] = slot.shape[1:]
-    return {key: layers.xp.empty((rows[key], *width[key]), dtype=held if width[key] else layers.compute_dtype(held)) for key in rows}
+    widths = {(slot.layer, slot.field): slot.shape[1:] for slot in slots.values()}
+    return {key: layers.xp.empty((rows[key], *width), dtype=_dtype_of((1, *width), layers, held)) for key, width in widths.items()}
+
+
+def _fill(
+    fields: dict[Field, Any], folder: Path, where: dict[str, str], slots: dict[str, Slot], layers: Any, progress: Progress | None
+) -> None:
+    """Copy every tensor to its place, and look for numbers that are not finite where they are then: on the device, if there is one."""
+    total, done = sum(prod(slot.shape) * fields[slot.layer, slot.field].dtype.itemsize for slot in slots.values()), 0
+    are_finite: list[tuple[str, Any]] = []  # a device's answers are read when all is copied
+    for name, tensor in _read(folder, where, slots):
+        slot = slots[name]
+        target = fields[slot.layer, slot.field][slot.start : slot.start + slot.shape[0]]
+        rows = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
+        for start in range(0, len(tensor), rows):
+            with np.errstate(over="ignore"):
+                piece = tensor[start : start + rows].astype(target.dtype, copy=False)
+            layers.from_host(target[start : start + rows], piece)
+            are_finite.append((name, _all_finite(target[start : start + rows], layers.xp)))
+        done += prod(slot.shape) * target.dtype.itemsize
+        if progress is not None:
+            progress(done, total)
+    for name, is_finite in are_finite:
+        if not is_finite:
+            raise CheckpointError(_not_finite(folder, where, name))
 
 
 def _read(folder: Path, where: dict[str, str], slots: dict[str, Slot]) -> Iterator[tuple[str, np.ndarray]]:
@@ -215,38 +149,22 @@ def _read(folder: Path, where: dict[str, str], slots: dict[str, Slot]) -> Iterat
     The file is opened for each: pages of an open mapping count as memory in use, and the whole file's would add up.
     """
     for name in sorted(slots, key=lambda name: (where[name], name)):
-        with _opened(folder / where[name]) as file:
+        with opened(folder / where[name]) as file:
             tensor = file.get_tensor(name)
         yield name, tensor
 
 
-def _convert(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The tensor in the dtype it is held in. Raises CheckpointError where a number is not finite, before or after."""
-    if not _all_finite(tensor):
-        raise CheckpointError(f"{name} holds NaN or infinite weights: the file is damaged or the training failed, download the model again")
-    with np.errstate(over="ignore"):
-        converted = tensor.astype(dtype, copy=False)
-    if dtype == np.float16 and not _all_finite(converted):
-        raise CheckpointError(f"{name} holds weights beyond float16's largest number 65504: use dtype='bfloat16' or 'float32'")
-    return converted
+def _all_finite(x: Any, xp: Any) -> Any:
+    """Whether no number is NaN or infinite, as a bool or an array of one: in 16 bits over the bits, four times as fast on a host."""
+    if x.dtype not in LARGEST_FINITE_BITS:
+        return xp.isfinite(x).all()
+    return (x.view(np.uint16) & np.uint16(0x7FFF)).max() <= LARGEST_FINITE_BITS[x.dtype]
 
 
-def _all_finite(tensor: np.ndarray) -> bool:
-    if tensor.dtype == ml_dtypes.bfloat16:  # all exponent bits set: NaN or infinity
-        return not ((tensor.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(tensor).all())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is not a whole safetensors file ({reason}): download or convert it again") from None
-
-
-def _listed(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
+def _not_finite(folder: Path, where: dict[str, str], name: str) -> str:
+    """What is wrong with a tensor that is not finite as it is held."""
+    with opened(folder / where[name]) as file:
+        stored = file.get_tensor(name)
+    if _all_finite(stored, np):
+        return f"{name} holds weights beyond float16's largest number 65504: use dtype='bfloat16' or 'float32'"
+    return f"{name} holds NaN or infinite weights: the file is damaged or the training failed, download the model again"

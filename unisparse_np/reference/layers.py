@@ -17,6 +17,7 @@ import numpy as np
 from .run import in_threads, num_threads
 
 xp = np
+memory = None  # the host's: pages are taken as they are touched, so nothing is planned
 
 HELD_DTYPES = {
     "float16": np.dtype(np.float16),
@@ -46,6 +47,16 @@ def held_dtype(dtype: str, stored: str) -> np.dtype:
 def compute_dtype(held: np.dtype) -> np.dtype:
     """The dtype of activations for weights held in this one: float64 for float64, float32 for all others."""
     return HELD_DTYPES["float64" if held == np.float64 else "float32"]
+
+
+def vector_dtype(held: np.dtype) -> np.dtype:
+    """The dtype of norm weights and biases: that of activations."""
+    return compute_dtype(held)
+
+
+def from_host(target: np.ndarray, values: np.ndarray) -> None:
+    """Copy values [n, ...] of the same dtype into the backend's array."""
+    target[...] = values
 
 
 def embedding(table: np.ndarray, token_ids: list[int], dtype: np.dtype) -> np.ndarray:

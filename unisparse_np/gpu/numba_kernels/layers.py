@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 xp = np
+memory = None  # the host's: pages are taken as they are touched, so nothing is planned
 
 HELD_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float32),
@@ -30,6 +31,16 @@ def held_dtype(dtype: str, stored: str) -> np.dtype:
 def compute_dtype(held: np.dtype) -> np.dtype:
     """The dtype of activations: that of the weights."""
     return held
+
+
+def vector_dtype(held: np.dtype) -> np.dtype:
+    """The dtype of norm weights and biases: that of activations."""
+    return held
+
+
+def from_host(target: np.ndarray, values: np.ndarray) -> None:
+    """Copy values [n, ...] of the same dtype into the backend's array."""
+    target[...] = values
 
 
 def embedding(table: np.ndarray, token_ids: list[int], dtype: np.dtype) -> np.ndarray:
