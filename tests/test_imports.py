@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "evaluation": {"model", "attention", "config_file", "version", *FOUNDATION},
     "inspection": {"model", "comparison", "attention", "reference", *FOUNDATION},
     "__init__": {"attention", "comparison", "model", "parallel", "version", *FOUNDATION},
-    "cli": {"evaluation", "inspection", "config_file", "model", "comparison", "attention", "version", *FOUNDATION},
+    "cli": {"evaluation", "inspection", "config_file", "model", "comparison", "attention", "parallel", "version", *FOUNDATION},
     "__main__": {"cli"},
 }
 ONLY_IMPORTED_IN = {"cupy": "gpu.cupy_kernels", "numba": "gpu.numba_kernels"}

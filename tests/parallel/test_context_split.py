@@ -1,0 +1,108 @@
+"""The zig-zag split of queries: balanced, in whole blocks, and with the masks of one process bit by bit."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unisparse_np import UniSparseConfig
+from unisparse_np.attention import attend, load_backend
+from unisparse_np.model.context_split import ContextSplit
+from unisparse_np.parallel import Single
+
+
+class InThreads:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, boxes: list, barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._boxes, self._barrier = rank, len(boxes), boxes, barrier
+
+    def all_gather(self, x: np.ndarray) -> np.ndarray:
+        self._boxes[self.rank] = x
+        self._barrier.wait(timeout=10)
+        gathered = np.stack(self._boxes)
+        self._barrier.wait(timeout=10)
+        return gathered
+
+
+def on_ranks(size: int, work) -> list:
+    boxes, barrier = [None] * size, threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(InThreads(rank, boxes, barrier)), range(size)))
+
+
+def splits(tokens: int, block_size: int, size: int) -> list[ContextSplit]:
+    return [ContextSplit.of(tokens, block_size, InThreads(rank, [None] * size, threading.Barrier(size))) for rank in range(size)]
+
+
+@given(tokens=st.integers(1, 2000), block_size=st.sampled_from([1, 16, 64]), size=st.integers(1, 8))
+@settings(deadline=None, max_examples=150)
+def test_each_token_is_computed_once_and_runs_start_on_blocks(tokens, block_size, size):
+    parts = splits(tokens, block_size, size)
+    if not parts[0].shared:
+        assert all(part.runs == ((0, tokens),) for part in parts)
+        assert size == 1 or tokens <= (2 * size - 1) * block_size
+        return
+    computed = np.zeros(tokens, dtype=int)
+    for part in parts:
+        for start, stop in part.runs:
+            assert start < stop and start % block_size == 0
+            computed[start:stop] += 1
+    assert (computed == 1).all()
+
+
+def test_the_work_is_balanced_under_causality():
+    costs = [sum(stop**2 - start**2 for start, stop in part.runs) for part in splits(131072, 128, 8)]
+    assert max(costs) <= 1.001 * min(costs)
+    plain = [(stop**2 - start**2) for start, stop in ((n * 16384, (n + 1) * 16384) for n in range(8))]
+    assert max(plain) > 10 * min(plain)  # what a split into eight neighbouring parts would cost
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1000, 2), (1000, 3), (1024, 4), (113, 3)])
+def test_rows_come_together_in_order(tokens, size):
+    x = np.random.default_rng(tokens).standard_normal((2, tokens, 8))
+
+    def work(ranks):
+        split = ContextSplit.of(tokens, 16, ranks)
+        mine = np.concatenate(split.own(x, axis=1), axis=1)
+        assert [place.stop - place.start for place, _ in split.rows()] == [stop - start for start, stop in split.runs]
+        out = np.empty_like(x)
+        split.gather(np, mine, out)
+        return out
+
+    for out in on_ranks(size, work):
+        np.testing.assert_array_equal(out, x)
+
+
+CONFIGS = {
+    "top p": UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6),
+    "finer queries and both rules": UniSparseConfig(block_size=16, q_compress=2, k_compress=8, top_p=0.5, row_threshold=0.1),
+    "composite heads": UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6, head_compress=4, key_anchors=2),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("before", "tokens"), [(0, 256), (0, 251), (48, 203), (37, 219)])
+def test_masks_are_those_of_one_process_bit_by_bit(config, before, tokens):
+    """`before`: keys of earlier chunks, also where the chunk starts inside a block."""
+    rng, backend = np.random.default_rng(before + tokens), load_backend("reference")
+    q = rng.standard_normal((4, tokens, 16), dtype=np.float32)
+    k, v = (rng.standard_normal((2, before + tokens, 16), dtype=np.float32) for _ in range(2))
+    whole, whole_trace = attend(q, k, v, config, q_offset=before, backend=backend)
+    for size in (2, 3):
+        mask, out = np.zeros_like(whole_trace.mask), np.zeros_like(whole)
+        for split in splits(tokens, 16, size):
+            for start, stop in split.runs:
+                part, trace = attend(q[:, start:stop], k, v, config, q_offset=before + start, backend=backend)
+                mask[:, start // 16 : start // 16 + trace.mask.shape[1]] = trace.mask
+                out[:, start:stop] = part
+        np.testing.assert_array_equal(mask, whole_trace.mask)
+        np.testing.assert_allclose(out, whole, atol=1e-6)
+
+
+def test_one_rank_computes_all():
+    split = ContextSplit.of(100, 16, Single())
+    assert not split.shared and split.runs == ((0, 100),) and split.rows() == [(slice(0, 100), (0, 100))]

@@ -1,0 +1,77 @@
+"""Ranks that exchange CuPy arrays: NCCL carries them between GPUs, MPI has started the ranks and carries Python objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+from cupy.cuda import nccl
+
+from ...errors import BackendUnavailable, InvalidInput
+
+
+class Nccl:
+    """A Communicator (parallel.py) over CuPy arrays of this process's current device.
+
+    Calls return at once and take their place in CuPy's current stream, between the kernels before and after them; they
+    may be captured in a CUDA graph.
+
+    Args:
+        group: the ranks, as a Communicator whose `broadcast` works on the host: Mpi, or Single for one process.
+
+    Raises:
+        BackendUnavailable: NCCL is not installed, or it cannot connect these ranks.
+    """
+
+    def __init__(self, group: Any) -> None:
+        if not nccl.available:
+            raise BackendUnavailable("several GPUs need NCCL, which CuPy does not find: pip install 'unisparse-np[multi-gpu]'")
+        self.rank, self.size = group.rank, group.size
+        self._group = group
+        unique_id = group.broadcast(nccl.get_unique_id() if group.rank == 0 else None)
+        try:
+            self._nccl = nccl.NcclCommunicator(group.size, unique_id, group.rank)
+        except nccl.NcclError as error:
+            raise BackendUnavailable(f"NCCL cannot connect {group.size} ranks ({error}): NCCL_DEBUG=INFO shows why") from error
+
+    def all_reduce(self, x: cupy.ndarray) -> cupy.ndarray:
+        """The sum over ranks, in place where x is contiguous; adds in x's own dtype."""
+        x = cupy.ascontiguousarray(x)
+        self._nccl.allReduce(x.data.ptr, x.data.ptr, x.size, _nccl_dtype(x), nccl.NCCL_SUM, _stream())
+        return x
+
+    def all_gather(self, x: cupy.ndarray) -> cupy.ndarray:
+        """[size, *x.shape]."""
+        x = cupy.ascontiguousarray(x)
+        gathered = cupy.empty((self.size, *x.shape), dtype=x.dtype)
+        self._nccl.allGather(x.data.ptr, gathered.data.ptr, x.size, _nccl_dtype(x), _stream())
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, a small Python object, over the host."""
+        return self._group.broadcast(value)
+
+
+def connect(groups: tuple[Any, ...], on_this_host: Any) -> tuple[Any, ...]:
+    """Take this process's GPU, the one of its number on this machine, and return each group as one that carries CuPy arrays.
+
+    Raises:
+        InvalidInput: this machine has fewer GPUs than ranks.
+        BackendUnavailable: as from Nccl.
+    """
+    devices = cupy.cuda.runtime.getDeviceCount()
+    if on_this_host.size > devices:
+        raise InvalidInput(
+            f"{on_this_host.size} ranks on a machine with {devices} visible GPUs: each rank needs one of its own, so start fewer a machine"
+        )
+    cupy.cuda.Device(on_this_host.rank).use()  # before NCCL, which binds to the current device
+    return tuple(Nccl(group) if group.size > 1 else group for group in groups)
+
+
+def _nccl_dtype(x: cupy.ndarray) -> int:
+    known = {"float16": nccl.NCCL_FLOAT16, "bfloat16": nccl.NCCL_BFLOAT16, "float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
+    return int(known[x.dtype.name])
+
+
+def _stream() -> int:
+    return int(cupy.cuda.get_current_stream().ptr)

@@ -1,0 +1,75 @@
+"""Context parallelism: which queries of a chunk each of several ranks computes, and how their rows come together again.
+
+Under causality a query costs as much as there are tokens before it. The chunk's query blocks are therefore cut into 2 N runs, and
+rank r takes runs r and 2 N - 1 - r: an early one with a late one, the same cost for all. A run starts on a query block's boundary and
+its attention call sees all keys of the chunk, so its block decisions are those of one process bit by bit (ALGORITHM.md, "Consequences").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..parallel import Communicator
+from ..problem import ceil_div
+
+
+@dataclass(frozen=True)
+class ContextSplit:
+    """A chunk of `tokens` tokens whose rows are shared out.
+
+    Attributes:
+        edges: run n is tokens edges[n] .. edges[n+1]-1 of the chunk.
+        runs: [start, stop) of the runs that this rank computes, in order; their rows follow each other in its arrays.
+    """
+
+    tokens: int
+    edges: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+    ranks: Communicator
+
+    @classmethod
+    def of(cls, tokens: int, block_size: int, ranks: Communicator) -> ContextSplit:
+        """Share out a chunk. One of fewer blocks than there are runs (a decode step) is computed whole by each rank."""
+        count = 2 * ranks.size
+        blocks = ceil_div(tokens, block_size)
+        if ranks.size == 1 or blocks < count:
+            return cls(tokens, (0, tokens), ((0, tokens),), ranks)
+        edges = tuple(min(tokens, blocks * n // count * block_size) for n in range(count + 1))
+        return cls(tokens, edges, tuple((edges[n], edges[n + 1]) for n in _runs_of(ranks.rank, count)), ranks)
+
+    @property
+    def shared(self) -> bool:
+        """Whether each rank has rows of its own; otherwise every rank computes all of them."""
+        return len(self.runs) > 1
+
+    def own(self, x: Any, axis: int = 0) -> Any:
+        """This rank's rows of something that every rank has whole, such as token ids: a list of one part a run."""
+        return [x[(slice(None),) * axis + (slice(*run),)] for run in self.runs]
+
+    def rows(self) -> list[tuple[slice, tuple[int, int]]]:
+        """For each own run: where its rows are in this rank's arrays, and which of the chunk's tokens they are."""
+        places, start = [], 0
+        for run in self.runs:
+            stop = start + run[1] - run[0]
+            places.append((slice(start, stop), run))
+            start = stop
+        return places
+
+    def gather(self, xp: Any, mine: Any, out: Any) -> None:
+        """Bring all ranks' rows together: mine [H, own rows, d] -> out [H, tokens, d], written."""
+        heads, _, width = mine.shape
+        longest = max(stop - start for start, stop in pairwise(self.edges))
+        padded = xp.zeros((2, heads, longest, width), dtype=mine.dtype)  # runs are of different lengths
+        for n, (place, (start, stop)) in enumerate(self.rows()):
+            padded[n, :, : stop - start] = mine[:, place]
+        gathered = self.ranks.all_gather(padded)  # [N, 2, H, longest, d]
+        for rank in range(self.ranks.size):
+            for n, run in enumerate(_runs_of(rank, 2 * self.ranks.size)):
+                start, stop = self.edges[run], self.edges[run + 1]
+                out[:, start:stop] = gathered[rank, n, :, : stop - start]
+
+
+def _runs_of(rank: int, count: int) -> tuple[int, int]:
+    return rank, count - 1 - rank
