@@ -84,7 +84,7 @@ def test_a_tied_head_is_the_embedding_itself_and_a_stored_copy_is_tolerated(fold
     config = {**CASE.config, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     loaded = read(folder)
-    assert loaded.head is loaded.embedding
+    assert np.shares_memory(loaded.head, loaded.embedding) and loaded.head.shape == loaded.embedding.shape
 
 
 def test_stored_rotary_frequencies_are_tolerated(folder):

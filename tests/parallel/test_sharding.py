@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.llama_checkpoints import CASES, load_case
+from tests.llama_checkpoints import CASES, load_case, write_checkpoint
 from unisparse_np import InvalidInput, UniSparseConfig
+from unisparse_np.attention import load_backend
 from unisparse_np.model.config import ModelConfig
 from unisparse_np.model.sharding import Shard, check_split, local_attention, local_config, slice_of, vocabulary_rows
-from unisparse_np.model.weights import expected_tensors
+from unisparse_np.model.weights import expected_tensors, load_weights
 
 CONFIG = replace(
     ModelConfig.from_dict(load_case("llama_transformers5").config),
@@ -83,3 +84,35 @@ def test_values_per_composite_head_follow_their_heads():
     assert all(part.row_threshold == 0.1 and part.head_compress == 2 for part in parts)
     plain = UniSparseConfig()
     assert local_attention(plain, Shard(1, 2)) is plain and local_attention("dense", Shard(1, 2)) == "dense"
+
+
+@pytest.fixture(params=["llama_mha_biases_transformers4", "llama_tied_bfloat16_transformers5", "qwen3_bias_head_dim_transformers5"])
+def folder(request, tmp_path):
+    case = load_case(request.param)
+    return write_checkpoint(tmp_path, case.config, case.tensors, case.dtype)
+
+
+def test_ranks_hold_slices_of_the_whole_weights(folder):
+    config, layers = ModelConfig.from_folder(folder), load_backend("reference").layers
+    whole = load_weights(folder, config, layers)
+    parts = [load_weights(folder, config, layers, shard=Shard(rank, 2)) for rank in range(2)]
+    np.testing.assert_array_equal(np.concatenate([part.head for part in parts]), whole.head)
+    for index, layer in enumerate(whole.layers):
+        left, right = (part.layers[index] for part in parts)
+        np.testing.assert_array_equal(np.concatenate([left.output, right.output], axis=1), layer.output)
+        np.testing.assert_array_equal(np.concatenate([left.down, right.down], axis=1), layer.down)
+        for field, sizes in (
+            ("qkv", (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)),
+            ("gate_up", (1, 1)),
+        ):
+            for suffix in ("", "_bias"):
+                stacked, own = getattr(layer, field + suffix), [getattr(part, field + suffix) for part in (left, right)]
+                if stacked is None:
+                    assert own == [None, None]
+                    continue
+                edges = np.cumsum(sizes)[:-1] * len(stacked) // sum(sizes)
+                pieces = [np.split(part, edges // 2) for part in own]
+                np.testing.assert_array_equal(np.concatenate([half for pair in zip(*pieces, strict=True) for half in pair]), stacked)
+        for bias in ("output_bias", "down_bias"):
+            np.testing.assert_array_equal(getattr(left, bias), getattr(layer, bias))
+            assert getattr(right, bias) is None

@@ -16,6 +16,7 @@ from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
 from ..problem import ceil_div
+from .checkpoint import Slot, expected_tensors
 from .config import ModelConfig
 
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -30,6 +31,7 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
+Index = tuple[slice, ...]
 
 
 def check_split(config: ModelConfig, size: int, attention: Sequence[AttentionConfig] = ()) -> None:
@@ -84,7 +86,7 @@ def local_attention(attention: AttentionConfig, shard: Shard) -> AttentionConfig
     return replace(attention, **own) if own else attention  # type: ignore[arg-type]
 
 
-def slice_of(name: str, shape: tuple[int, ...], shard: Shard) -> tuple[slice, ...] | None:
+def slice_of(name: str, shape: tuple[int, ...], shard: Shard) -> Index | None:
     """Which part of a stored tensor a rank reads, as an index; None where it reads nothing.
 
     The biases of o and down are added once: by rank 0.
@@ -103,6 +105,17 @@ def slice_of(name: str, shape: tuple[int, ...], shard: Shard) -> tuple[slice, ..
     if matrix in COLUMNS and shard.rank > 0:
         return None
     return everything
+
+
+def own_tensors(config: ModelConfig, shard: Shard) -> dict[str, tuple[Slot, Index]]:
+    """What one rank holds of a checkpoint of this config: name -> (where it belongs in the rank's weights, what to read of it)."""
+    stored, local = expected_tensors(config), expected_tensors(local_config(config, shard.size))
+    parts = {name: slice_of(name, slot.shape, shard) for name, slot in stored.items()}
+    return {
+        name: (replace(local[name], shape=tuple(axis.stop - axis.start for axis in index)), index)
+        for name, index in parts.items()
+        if index is not None
+    }
 
 
 def vocabulary_rows(vocab_size: int, shard: Shard) -> slice:

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import CheckpointError, InvalidInput
 from .checkpoint import Slot, check_names, check_shapes, expected_tensors, locate, opened
 from .config import ModelConfig
+from .sharding import WHOLE, Index, Shard, own_tensors, vocabulary_rows
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Field = tuple[int | None, str]  # layer (None: of the whole model) and name of a field of LayerWeights or Weights
@@ -49,7 +50,9 @@ class Weights:
     head: Any  # [vocab, hidden]
 
 
-def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "auto", progress: Progress | None = None) -> Weights:
+def load_weights(
+    folder: Path, config: ModelConfig, layers: Any, dtype: str = "auto", progress: Progress | None = None, shard: Shard = WHOLE
+) -> Weights:
     """Read model.safetensors, or the shards of model.safetensors.index.json.
 
     A tensor at a time goes from the file to where the backend computes; the whole is never held twice.
@@ -58,6 +61,7 @@ def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "a
         layers: the backend's layers module, which decides how "auto" is held and where arrays live.
         dtype: how matrices are held: auto, float32, float16, bfloat16 or float64, of those that the backend offers.
         progress: called after each tensor with (bytes done, bytes in all), as held.
+        shard: which part of the model this process holds (sharding.py); no more than that part is read.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors; a tensor is missing, unknown, of a wrong shape
@@ -71,10 +75,12 @@ def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "a
     where = locate(folder)
     check_names(where, slots, config)
     held = layers.held_dtype(dtype, check_shapes(folder, where, slots))
+    own = own_tensors(config, shard)
+    slots, parts = {name: slot for name, (slot, _) in own.items()}, {name: part for name, (_, part) in own.items()}
     _check_room(folder, slots, layers, held)
     try:
         fields = _allocate(slots, layers, held)
-        _fill(fields, folder, where, slots, layers, progress)
+        _fill(fields, folder, where, slots, parts, layers, progress)
     except MemoryError:
         raise CheckpointError(
             f"{folder}: the weights do not fit this machine's memory as {held}: try dtype='bfloat16', or a smaller model"
@@ -84,7 +90,7 @@ def load_weights(folder: Path, config: ModelConfig, layers: Any, dtype: str = "a
     for (layer, field), array in fields.items():
         if layer is not None:
             per_layer[layer][field] = array
-    whole.setdefault("head", whole["embedding"])
+    whole.setdefault("head", whole["embedding"][vocabulary_rows(config.vocab_size, shard)])
     return Weights(layers=[LayerWeights(**fields) for fields in per_layer], **whole)
 
 
@@ -121,12 +127,13 @@ def _allocate(slots: dict[str, Slot], layers: Any, held: np.dtype) -> dict[Field
 
 
 def _fill(
-    fields: dict[Field, Any], folder: Path, where: dict[str, str], slots: dict[str, Slot], layers: Any, progress: Progress | None
-) -> None:
+    fields: dict[Field, Any], folder: Path, where: dict[str, str], slots: dict[str, Slot], parts: dict[str, Index], layers: Any,
+    progress: Progress | None,
+) -> None:  # fmt: skip
     """Copy every tensor to its place, and look for numbers that are not finite where they are then: on the device, if there is one."""
     total, done = sum(prod(slot.shape) * fields[slot.layer, slot.field].dtype.itemsize for slot in slots.values()), 0
     are_finite: list[tuple[str, Any]] = []  # a device's answers are read when all is copied
-    for name, tensor in _read(folder, where, slots):
+    for name, tensor in _read(folder, where, parts):
         slot = slots[name]
         target = fields[slot.layer, slot.field][slot.start : slot.start + slot.shape[0]]
         rows = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
@@ -143,14 +150,14 @@ def _fill(
             raise CheckpointError(_not_finite(folder, where, name))
 
 
-def _read(folder: Path, where: dict[str, str], slots: dict[str, Slot]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every expected tensor, one at a time, shard by shard.
+def _read(folder: Path, where: dict[str, str], parts: dict[str, Index]) -> Iterator[tuple[str, np.ndarray]]:
+    """The part to be read of every expected tensor, one at a time, shard by shard.
 
     The file is opened for each: pages of an open mapping count as memory in use, and the whole file's would add up.
     """
-    for name in sorted(slots, key=lambda name: (where[name], name)):
+    for name in sorted(parts, key=lambda name: (where[name], name)):
         with opened(folder / where[name]) as file:
-            tensor = file.get_tensor(name)
+            tensor = file.get_slice(name)[parts[name]]
         yield name, tensor
 
 
