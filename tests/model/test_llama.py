@@ -128,16 +128,16 @@ def test_a_prompt_in_two_prefills_equals_one(make_model):
 def recorded_masks(monkeypatch):
     """Block masks of every attention call, [Hq, Nq, Nk], in order."""
     masks: list[np.ndarray] = []
-    from unisparse_np.model import llama
+    from unisparse_np.model import forward
 
-    attend = llama.attend
+    attend = forward.attend
 
     def recording(*args, **kwargs):
         out, trace = attend(*args, **kwargs)
         masks.append(trace.mask)
         return out, trace
 
-    monkeypatch.setattr(llama, "attend", recording)
+    monkeypatch.setattr(forward, "attend", recording)
     return masks
 
 

@@ -1,29 +1,30 @@
-"""Llama: the forward pass of llama, mistral, qwen2 and qwen3 models, over the layers and attention of any backend."""
+"""Llama: a loaded model and what callers do with it; forward.py computes."""
 
 from __future__ import annotations
 
-import math
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from ..attention import AttentionConfig, attend
+from ..attention import AttentionConfig
 from ..config import UniSparseConfig
-from ..errors import CheckpointError, InvalidInput
+from ..errors import InvalidInput
 from ..problem import ceil_div
-from ..trace import Trace
 from .config import ModelConfig
+from .forward import ForwardPass, Observer
 from .kv_cache import KVCache
-from .weights import LayerWeights, Weights
+from .memory_plan import MemoryPlan, whole_blocks
+from .weights import Weights
 
 Attention = AttentionConfig | Sequence[AttentionConfig]
 Progress = Callable[[int, int, float], None]
-Observer = Callable[[int, Any, Any, Any, Any, Trace], None]  # layer, q [Hq, T, d], k and v [Hkv, Lk, d], out [Hq, T, d], trace
-# SmolLM2, 4,096 tokens: 256, 512, 1,024 and 2,048 take the same processor time within 2 %, and 2,048 takes 51 MiB more than
-# 1,024; smaller chunks widen 16-bit weights more often (6 % of the time at 256, 2 % at 1,024).
+# Where no device's memory is planned. SmolLM2, 4,096 tokens: 256, 512, 1,024 and 2,048 take the same processor time within
+# 2 %, and 2,048 takes 51 MiB more than 1,024; smaller chunks widen 16-bit weights more often (6 % of the time at 256, 2 % at 1,024).
 DEFAULT_CHUNK_SIZE = 1024
 
 
@@ -36,19 +37,22 @@ class Llama:
         config: the ModelConfig.
         backend: the loaded backend module.
         max_context: the most positions a sequence may have: max_position_embeddings, or what the caller set instead.
-        check_finite: look after every half layer for NaN and infinity, and name the first place; False, which costs nothing.
+        forward: the ForwardPass.
+
+    Args:
+        check_finite: look after every half layer for NaN and infinity, and name the first place; False costs nothing.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Any, max_context: int | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, backend: Any, max_context: int | None = None, *, check_finite: bool = False
+    ) -> None:
         if max_context is not None and max_context < 1:
             raise InvalidInput(f"max_context={max_context} leaves no room: give at least 1, or None for the model's own limit")
         self.config, self.weights, self.backend = config, weights, backend
         self.max_context = config.max_position_embeddings if max_context is None else max_context
-        self.check_finite = False
+        self.forward = ForwardPass(config, weights, backend, check_finite)
         self._layers = backend.layers
-        self._keep_pace = backend.layers.new_pacer()
-        self._new_decoder = getattr(backend, "new_decoder", None)
-        self._dtype = self._layers.compute_dtype(weights.embedding.dtype)
+        self._new_decoder = getattr(backend, "new_decoder", None)  # of steps as one call, where the backend has that
 
     # ---- what callers use ----
     def new_cache(self, capacity: int, attention: Attention = "dense", *, prompt_tokens: int | None = None) -> KVCache:
@@ -59,11 +63,14 @@ class Llama:
                 the length are fixed. None: by the first call's length.
 
         Raises:
-            InvalidInput: more than the model's positions, or an attention list that does not fit the layers.
+            InvalidInput: more than the model's positions, or than a device's free memory holds (says how many would fit); an
+                attention list that does not fit the layers.
         """
-        self._attention_per_layer(attention)
+        configs = self._attention_per_layer(attention)
         self._check_positions(capacity)
-        cache = KVCache(self.config, capacity, self.backend, self._dtype)
+        if (plan := self._plan(configs)) is not None:
+            plan.require(capacity)
+        cache = KVCache(self.config, capacity, self.backend, self.forward.dtype)
         if prompt_tokens is not None:
             self._begin(cache, prompt_tokens)
         return cache
@@ -114,12 +121,13 @@ class Llama:
         configs = self._attention_per_layer(attention)
         self._check_tokens(token_ids)
         self._begin(cache, len(token_ids))
-        hidden: Any = None
-        for start, stop in self._chunks(len(token_ids), configs, chunk_size):
-            hidden = self._forward(token_ids[start:stop], cache, configs, count=True, observer=observer)
+        last: Any = None  # hidden state of the last position
+        for start, stop in self._chunks(len(token_ids), cache, configs, chunk_size):
+            with self._giving_memory_back(stop - start):
+                last = self.forward.hidden(token_ids[start:stop], cache, configs, count=True, observer=observer)[-1:].copy()
             if progress is not None:
                 progress(stop, len(token_ids), sum(cache.densities()) / len(configs))
-        return self._head(hidden[-1:])[0]
+        return self.forward.head(last)[0]
 
     def step(self, token_id: int, cache: KVCache, attention: Attention) -> np.ndarray:
         """Read one more token (decode) -> logits [vocab], as from `prefill`. It does not change the densities."""
@@ -130,12 +138,13 @@ class Llama:
         configs = self._attention_per_layer(attention)
         self._check_tokens([token_id])
         self._begin(cache, 1)
-        if self._new_decoder is None or self.check_finite:
-            return self._head(self._forward([token_id], cache, configs, count=False))[0]
-        key = tuple(configs)
-        if key not in cache.decoders:
-            cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs)
-        return cache.decoders[key].step(token_id)
+        with self._giving_memory_back(1):
+            if self._new_decoder is None or self.forward.check_finite:
+                return self.forward.head(self.forward.hidden([token_id], cache, configs, count=False))[0]
+            key = tuple(configs)
+            if key not in cache.decoders:
+                cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs)
+            return cache.decoders[key].step(token_id)
 
     def logits(
         self, token_ids: Sequence[int], attention: Attention = "dense", *, chunk_size: int | None = None, cache: KVCache | None = None
@@ -146,7 +155,7 @@ class Llama:
         """
         self._check_tokens(token_ids)
         cache = self.new_cache(len(token_ids), attention) if cache is None else cache
-        out = np.empty((len(token_ids), self.config.vocab_size), dtype=np.float64 if self._dtype == np.float64 else np.float32)
+        out = np.empty((len(token_ids), self.config.vocab_size), dtype=np.float64 if self.forward.dtype == np.float64 else np.float32)
         start = 0
         for part in self.logits_by_chunk(token_ids, cache, attention, chunk_size=chunk_size):
             out[start : start + len(part)] = part
@@ -168,80 +177,19 @@ class Llama:
         """
         configs = self._attention_per_layer(attention)
         self._check_tokens(token_ids)
-        chunks = self._chunks(len(token_ids), configs, chunk_size)
         self._begin(cache, len(token_ids))
-        return (
-            self._to_host(self._head(self._forward(token_ids[start:stop], cache, configs, count=True, observer=observer)))
-            for start, stop in chunks
-        )
+        chunks = self._chunks(len(token_ids), cache, configs, chunk_size, all_logits=True)
+
+        def logits_of(start: int, stop: int) -> np.ndarray:
+            with self._giving_memory_back(stop - start):
+                hidden = self.forward.hidden(token_ids[start:stop], cache, configs, count=True, observer=observer)
+                return self._to_host(self.forward.head(hidden))
+
+        return (logits_of(*chunk) for chunk in chunks)
 
     def layer_densities(self, cache: KVCache) -> list[float]:
         """The prefill's density, one ratio a layer; empty before the first prefill."""
         return cache.densities()
-
-    # ---- the forward pass ----
-    def _forward(
-        self, token_ids: Sequence[int], cache: KVCache, configs: list[AttentionConfig], count: bool, observer: Observer | None = None
-    ) -> Any:
-        """T ids after those in the cache -> their hidden states [T, hidden] before the last norm."""
-        layers, eps = self._layers, self.config.rms_norm_eps
-        x = layers.embedding(self.weights.embedding, token_ids, self._dtype)  # [T, hidden]
-        rotation = layers.rotary_table(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self._dtype)
-        self._check(x, cache, "the embedding")
-        for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
-            normed = layers.rms_norm(x, weights.input_norm, eps, self._dtype)
-            attended = self._attention(index, weights, normed, rotation, cache, config, count, observer)
-            layers.add_linear(x, attended, weights.output, weights.output_bias)
-            self._check(x, cache, f"layer {index}, in attention")
-            normed = layers.rms_norm(x, weights.post_attention_norm, eps, self._dtype)
-            gate_up = layers.linear(normed, weights.gate_up, weights.gate_up_bias)  # [T, 2 * intermediate]
-            layers.add_linear(x, layers.swiglu(gate_up), weights.down, weights.down_bias)
-            self._check(x, cache, f"layer {index}, in the MLP")
-            self._keep_pace()
-        cache.advance(len(token_ids))
-        return x
-
-    def _attention(
-        self, index: int, weights: LayerWeights, x: Any, rotation: Any, cache: KVCache, config: AttentionConfig, count: bool,
-        observer: Observer | None,
-    ) -> Any:  # fmt: skip
-        """One layer's attention before its output product: x [T, hidden], normed -> [T, Hq d]."""
-        layers, shape = self._layers, self.config
-        tokens, stop = len(x), cache.length + len(x)
-        qkv = layers.linear(x, weights.qkv, weights.qkv_bias).reshape(tokens, -1, shape.head_dim)  # [T, Hq + 2 Hkv, d]
-        norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm, shape.rms_norm_eps)
-        running = cache.running_summary(index, config)
-        q, q_composites = layers.rotate_heads(qkv, rotation, norms, *cache.room(index, tokens), config, running)  # [Hq, T, d]
-        keys, values = cache.upto(index, stop)
-        summary = None if running is None else running.summary()
-        out, trace = attend(
-            q, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary, q_composites=q_composites
-        )  # [Hq, T, d]
-        if count:
-            cache.add_counts(index, trace)
-        if observer is not None:
-            observer(index, q, keys, values, out, trace)
-        return out.transpose(1, 0, 2).reshape(tokens, -1)
-
-    def _head(self, hidden: Any) -> Any:
-        """hidden [T, hidden] -> logits [T, vocab], the backend's."""
-        normed = self._layers.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps, self._dtype)
-        return self._layers.head(normed, self.weights.head)
-
-    def _to_host(self, logits: Any) -> np.ndarray:
-        host: np.ndarray = self._layers.to_host(logits)
-        return host
-
-    def _check(self, x: Any, cache: KVCache, place: str) -> None:
-        """With check_finite: raises CheckpointError when the stream x [T, hidden] holds NaN or infinity after this place."""
-        if not self.check_finite:
-            return
-        rows = self._layers.to_host(self._layers.xp.isfinite(x).all(axis=1))  # [T]
-        if not rows.all():
-            raise CheckpointError(
-                f"NaN or infinite numbers first appear after {place}, at token {cache.length + int(rows.argmin())} of the sequence: the "
-                "weights there hold such values or the arithmetic overflowed, so check the checkpoint or load it with --dtype float32"
-            )
 
     # ---- before any work starts ----
     def _begin(self, cache: KVCache, tokens: int) -> None:
@@ -290,12 +238,42 @@ class Llama:
                 raise InvalidInput(f"attention={config!r} is neither 'dense' nor a UniSparseConfig: give one of the two")
         return configs
 
-    def _chunks(self, tokens: int, configs: list[AttentionConfig], chunk_size: int | None) -> list[tuple[int, int]]:
+    def _plan(self, configs: list[AttentionConfig]) -> MemoryPlan | None:
+        """What this attention will take of the device; None on a host, whose memory is not planned."""
+        memory = self._layers.memory
+        return None if memory is None else MemoryPlan(self.config, configs, self.forward.dtype.itemsize, memory)
+
+    def _chunks(
+        self, tokens: int, cache: KVCache, configs: list[AttentionConfig], chunk_size: int | None, *, all_logits: bool = False
+    ) -> list[tuple[int, int]]:
         """[start, stop) of the chunks: whole query blocks each, so that chunking cannot change a block decision."""
         if chunk_size is not None and chunk_size < 1:
             raise InvalidInput(f"chunk_size={chunk_size} is no chunk: give at least 1, or None for the default")
-        unit = math.lcm(*(config.block_size for config in configs if isinstance(config, UniSparseConfig)))
+        unit = whole_blocks(configs)
+        plan = self._plan(configs)
+        if chunk_size is None and plan is not None:
+            for layer, config in enumerate(configs):
+                cache.running_summary(layer, config)  # takes its memory now, so that what is free then is known
+            chunk_size = plan.chunk_size(tokens, cache.length + tokens, all_logits=all_logits)
         size = ceil_div(chunk_size or DEFAULT_CHUNK_SIZE, unit) * unit
         if chunk_size is not None and size != chunk_size:
             warnings.warn(f"chunk_size {chunk_size} is rounded up to {size}, a multiple of the block size {unit}", stacklevel=3)
         return [(start, min(tokens, start + size)) for start in range(0, tokens, size)]
+
+    def _to_host(self, logits: Any) -> np.ndarray:
+        host: np.ndarray = self._layers.to_host(logits)
+        return host
+
+    @contextmanager
+    def _giving_memory_back(self, tokens: int) -> Iterator[None]:
+        """Running out of memory inside ends with one sentence, and with what the call held given back to the device."""
+        try:
+            yield
+        except MemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # their variables hold the arrays
+            if self._layers.memory is not None:
+                self._layers.memory.release()
+            raise InvalidInput(
+                f"memory ran out while {tokens} tokens were read at once ({' '.join(str(error).split())}): give a smaller --chunk-size "
+                "or a shorter text, or end what else uses the memory"
+            ) from None

@@ -1,0 +1,76 @@
+"""The GPU's memory and the host's lead over it: what is free, what attention takes, when to wait."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import cupy
+import numpy as np
+
+from ...config import UniSparseConfig
+from ...problem import Problem, ceil_div
+from .scores import WORKSPACE_BYTES
+
+LAYERS_AHEAD = 2  # that the host may have launched beyond the one being computed: the GPU never idles, and Ctrl-C is heard
+
+
+def free_bytes() -> int:
+    """What can still be allocated: the device's free memory and what CuPy's pool holds unused, within the pool's limit."""
+    pool = cupy.get_default_memory_pool()
+    free = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
+    limit = pool.get_limit()
+    return min(free, max(0, limit - pool.used_bytes())) if limit else free
+
+
+def peak_bytes() -> int:
+    """The most that this process has held in CuPy's pool since it last gave memory back."""
+    return cupy.get_default_memory_pool().total_bytes()
+
+
+def release() -> None:
+    """Give everything unused back to the device."""
+    gc.collect()  # cycles hold arrays too
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def from_host(target: cupy.ndarray, values: np.ndarray) -> None:
+    """Copy values [n, ...] into a contiguous array or run of rows of the same shape and dtype, without another array on the device."""
+    target.set(np.ascontiguousarray(values))
+
+
+def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
+    """At most what one attention call allocates: its output and, where it is sparse, composites, scores, masks and anchors.
+
+    itemsize: bytes of a number of q, k, v.
+    """
+    per_query = problem.num_q_heads * (problem.head_dim * itemsize + 4)  # output, log-sum-exp
+    work_items = 32 * problem.num_q_heads * ceil_div(problem.q_len, 64)
+    bytes_needed = per_query * problem.q_len + work_items
+    if not sparse:
+        return bytes_needed
+    config: UniSparseConfig = problem.config
+    composites = 4 * problem.num_composite_heads * problem.num_q_composites * problem.head_dim
+    blocks = problem.num_composite_heads * problem.num_q_blocks * (problem.num_k_blocks + 32)
+    scores = blocks * (5 if config.row_threshold is None else 9)  # mean, mask bits, peak
+    sums = min(WORKSPACE_BYTES, problem.num_composite_heads * (problem.num_q_composites + 16) * (problem.num_k_composites + 128) // 4)
+    anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks * config.key_anchors + 256) * problem.head_dim * itemsize
+    return bytes_needed + composites + scores + sums + anchors
+
+
+def new_pacer() -> Callable[[], None]:
+    """A function to call after each layer. It waits until all but the last LAYERS_AHEAD layers are computed.
+
+    Launches return at once, so a host would otherwise be minutes ahead of a long prompt, and deaf to Ctrl-C until the
+    device has caught up.
+    """
+    events = [cupy.cuda.Event(disable_timing=True) for _ in range(LAYERS_AHEAD + 1)]
+    turn = 0
+
+    def keep_pace() -> None:
+        nonlocal turn
+        events[turn].record()
+        turn = (turn + 1) % len(events)
+        events[turn].synchronize()  # the oldest; at once if it was never recorded
+
+    return keep_pace
