@@ -2,7 +2,12 @@
 
 
 class UniSparseError(Exception):
-    """Base of the three below, so that a caller can catch them together."""
+    """Base of the three below, so that a caller can catch them together.
+
+    on_all_ranks: whether every rank of a run on several processes raises this error, so that none is left waiting.
+    """
+
+    on_all_ranks = False
 
 
 class InvalidInput(UniSparseError, ValueError):

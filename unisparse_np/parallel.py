@@ -208,7 +208,9 @@ def together(everyone: Single | Mpi, work: Callable[[], Result]) -> Result:
         return result  # type: ignore[return-value]
     rank, kind, text, host = failed[0]
     same = len({what[2] for what in failed}) == 1 and len(failed) == everyone.size
-    raise kind(text if same else f"rank {rank} on {host}: {text}") from failure
+    error = kind(text if same else f"rank {rank} on {host}: {text}")
+    error.on_all_ranks = True
+    raise error from failure
 
 
 def _in_place() -> Any:
