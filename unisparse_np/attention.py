@@ -105,6 +105,12 @@ def attend(
     return _run(q, k, v, problem, config, backend, key_summary, keep_scores=False, q_composites=q_composites)
 
 
+def score_blocks(q: Any, k: Any, problem: Problem, backend: Any) -> tuple[Any, Any]:
+    """Steps 1-3 of a loaded backend in the precision of its run_sparse: q [Hq, Lq, d], k [Hkv, Lk, d] -> mean, peak [Hc, Nq, Nk]."""
+    composites = (backend.as_composites(x, problem, q.dtype) for x in backend.compress(q, k, problem))
+    return backend.score_blocks(*composites, problem)
+
+
 def load_backend(name: str) -> Any:
     """The backend's module: its stages, run_sparse, run_dense, RunningKeySummary, xp and layers.
 
@@ -127,10 +133,10 @@ def load_backend(name: str) -> Any:
 
 
 def load_model_backend(name: str) -> Any:
-    """A backend that can run whole models: one with layers. Raises as load_backend does."""
+    """A backend that runs whole models here and now. Raises as load_backend does, and BackendUnavailable without the device it needs."""
     backend = load_backend(name)
-    if not hasattr(backend, "layers"):
-        raise BackendUnavailable(f"the {name} backend computes attention, but not yet a model's other layers; numba and reference do")
+    if hasattr(backend, "require_device"):
+        backend.require_device()
     return backend
 
 

@@ -134,7 +134,8 @@ def audit(
         return engine.from_any("stage input", x if dtype == "float64" else x.astype(np.float32))
 
     engine_qc, engine_kc = engine.compress(engine_q, engine_k, problem)
-    engine_mean, engine_peak = engine.score_blocks(given(qc), given(kc), problem)
+    composites = (engine.as_composites(given(x), problem, engine_q.dtype) for x in (qc, kc))
+    engine_mean, engine_peak = engine.score_blocks(*composites, problem)
     engine_mask = engine.select_blocks(given(mean), None if peak is None else given(peak), problem)
     summary = KeySummary(given(kc), engine.xp.asarray(anchors))
     engine_out, engine_lse = engine.sparse_attention(engine_q, engine_k, engine_v, engine.xp.asarray(mask), problem, summary)

@@ -31,9 +31,11 @@ struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct uint2 { uint32_t x, y; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 
@@ -127,12 +129,20 @@ template <class T> inline T __shfl_sync(unsigned, T x, int lane) { return exchan
 template <class T> inline T __shfl_up_sync(unsigned, T x, int n) { int l = fibre->thread & 31; return exchange(x, [=](T* v) { return v[l >= n ? l - n : l]; }); }
 template <class T> inline T __reduce_add_sync(unsigned, T x) { return exchange(x, [](T* v) { T s = 0; for (int i = 0; i < 32; ++i) s += v[i]; return s; }); }
 template <class T> inline T __reduce_max_sync(unsigned, T x) { return exchange(x, [](T* v) { T s = v[0]; for (int i = 1; i < 32; ++i) s = v[i] > s ? v[i] : s; return s; }); }
+inline uint32_t transpose_pairs(uint32_t x) {
+  const int g = (fibre->thread & 31) >> 2, t = fibre->thread & 3;
+  const auto at = [=](const uint32_t* v, int row) { return v[4 * row + (g >> 1)] >> (16 * (g & 1)) & 0xffffu; };
+  return exchange(x, [=](uint32_t* v) { return at(v, 2 * t) | at(v, 2 * t + 1) << 16; });
+}
+inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 inline uint32_t __ballot_sync(unsigned, int x) { return exchange(x, [](int* v) { uint32_t s = 0; for (int i = 0; i < 32; ++i) s |= uint32_t(v[i] != 0) << i; return s; }); }
 inline int __any_sync(unsigned, int x) { return __ballot_sync(0, x) != 0; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 template <class T> inline T atomicAdd(T* p, T v) { T old = *p; *p += v; return old; }
+inline void __threadfence() {}
 inline int atomicMax(int* p, int v) { int old = *p; *p = max(old, v); return old; }
 
 // ------------------------------------------------------------------------------------------------ numbers
@@ -140,6 +150,8 @@ inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 inline int __float2int_rn(float x) { return x == x ? (int)nearbyintf(x) : 0; }
 inline float __uint2float_rn(uint32_t x) { return (float)x; }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float half_to_float(uint16_t bits) { _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
@@ -171,6 +183,7 @@ inline char* at(Block* block, uint32_t address, int bytes) {
   return block->shared.data() + address;
 }
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - fibre->block->shared.data()); }
+inline int4 load_once(const void* p) { if ((uintptr_t)p & 15) fail("misaligned load"); int4 v; memcpy(&v, p, 16); return v; }
 inline void store_shared(uint32_t address, uint32_t v) { memcpy(at(fibre->block, address, 4), &v, 4); }
 inline void store_shared(uint32_t address, int4 v) { if (address & 15) fail("misaligned"); memcpy(at(fibre->block, address, 16), &v, 16); }
 inline int load_shared(uint32_t address) { int v; memcpy(&v, at(fibre->block, address, 4), 4); return v; }

@@ -98,7 +98,7 @@ def test_running_key_summary_is_the_summary_of_the_whole():
         for start, stop in ((0, 64), (64, 70), (70, 71), (71, 200)):
             running.extend(k[:, start:stop])
         kc, anchors = running.summary()
-        np.testing.assert_array_equal(kc, backend.compress(q, k, problem)[1])
+        np.testing.assert_array_equal(kc, backend.as_composites(backend.compress(q, k, problem)[1], problem, q.dtype))
         np.testing.assert_array_equal(anchors, backend.find_anchors(k, 64, 2))
         cached, _ = backend.run_sparse(q, k, v, problem, running.summary())
         whole, _ = backend.run_sparse(q, k, v, problem)

@@ -6,6 +6,7 @@ import pytest
 
 from tests import golden
 from unisparse_np import BackendUnavailable, InvalidInput, Problem, UniSparseConfig, audit, unisparse_attention
+from unisparse_np.attention import score_blocks
 from unisparse_np.comparison import TOLERANCES, compare_masks, compare_outputs, compare_scores
 
 pytestmark = pytest.mark.gpu
@@ -113,8 +114,7 @@ def assert_fused_equals_staged(q, k, v, problem, cupy):
     again, trace_again = engine.run_sparse(q, k, v, problem)
     assert (cupy.asnumpy(out).view(np.uint16) == cupy.asnumpy(again).view(np.uint16)).all()
     assert (cupy.asnumpy(trace.mask) == cupy.asnumpy(trace_again.mask)).all()
-    mean, peak = engine.score_blocks(*engine.compress(q, k, problem), problem)
-    mask = engine.select_blocks(mean, peak, problem)
+    mask = engine.select_blocks(*score_blocks(q, k, problem, engine), problem)
     assert (cupy.asnumpy(mask) == cupy.asnumpy(trace.mask)).all()
     staged, lse = engine.sparse_attention(q, k, v, mask, problem)
     assert (cupy.asnumpy(out).view(np.uint16) == cupy.asnumpy(staged).view(np.uint16)).all()
@@ -145,7 +145,7 @@ def test_poison_behind_a_query_does_not_reach_it(block_size, key_anchors, path, 
     problem = Problem(2, 1, 700, 700, 64, config)
     q, k, v = random_inputs(rng, problem, BFLOAT16, cupy)
     engine = backend()
-    mask = engine.select_blocks(*engine.score_blocks(*engine.compress(q, k, problem), problem), problem)
+    mask = engine.select_blocks(*score_blocks(q, k, problem, engine), problem)
     clean = cupy.asnumpy(engine.sparse_attention(q, k, v, mask, problem)[0]).astype(np.float64)
     for p in (0, 63, 100, 383, 600):
         poisoned_k, poisoned_v = k.copy(), v.copy()
@@ -201,11 +201,11 @@ def test_numpy_in_numpy_out_and_batch(cupy):
 
 
 def test_what_is_not_supported_is_said(cupy):
-    x = cupy.zeros((1, 10, 64), np.float32)
-    with pytest.raises(InvalidInput, match="float16 and bfloat16"):
+    x = cupy.zeros((1, 10, 64), np.float64)
+    with pytest.raises(InvalidInput, match="float16, bfloat16 and float32"):
         unisparse_attention(x, x, x)
-    x = cupy.zeros((1, 10, 72), np.float16)
-    with pytest.raises(InvalidInput, match="head_dim=72"):
+    x = cupy.zeros((1, 10, 264), np.float16)
+    with pytest.raises(InvalidInput, match="head_dim=264"):
         unisparse_attention(x, x, x)
 
 
@@ -240,7 +240,8 @@ def test_running_key_summary_is_the_summary_of_the_whole(cupy):
     for start, stop in ((0, 512), (512, 700), (700, 701), (701, 702), (702, 1000)):
         running.extend(k[:, start:stop])
     kc, anchors = running.summary()
-    assert (cupy.asnumpy(kc) == cupy.asnumpy(engine.compress(q, k, problem)[1])).all()
+    composites = engine.as_composites(engine.compress(q, k, problem)[1], problem, q.dtype)
+    assert (cupy.asnumpy(kc) == cupy.asnumpy(composites)).all()
     assert (cupy.asnumpy(anchors) == cupy.asnumpy(engine.find_anchors(k, 128, 2))).all()
     cached, _ = engine.run_sparse(q, k, v, problem, running.summary())
     whole, _ = engine.run_sparse(q, k, v, problem)

@@ -13,7 +13,7 @@ import click
 import ml_dtypes
 import numpy as np
 
-from ..attention import load_backend
+from ..attention import load_backend, score_blocks
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
 from ..problem import Problem
@@ -102,7 +102,7 @@ def measure(problem: Problem, engine: Any, dtype: np.dtype, repeats: int) -> Row
     )
 
     def select() -> Any:
-        return engine.select_blocks(*engine.score_blocks(*engine.compress(q, k, problem), problem), problem)
+        return engine.select_blocks(*score_blocks(q, k, problem, engine), problem)
 
     first = seconds(lambda: engine.run_sparse(q, k, v, problem)[0], engine)
     mask, trace = select(), engine.run_sparse(q, k, v, problem)[1]

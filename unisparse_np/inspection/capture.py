@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..attention import score_blocks
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
 from ..model.llama import Attention, Llama, Progress
@@ -122,7 +123,7 @@ class _Collector:
         found = self.layers.setdefault(layer, self._empty(config, problem.num_q_heads))
         first = problem.query_positions(0)[0] // config.block_size
         place = (slice(None), slice(first, first + problem.num_q_blocks), slice(problem.num_k_blocks))
-        mean, peak = self._backend.score_blocks(*self._backend.compress(q, k, problem), problem)
+        mean, peak = score_blocks(q, k, problem, self._backend)
         mean, peak = self._backend.as_numpy(mean), None if peak is None else self._backend.as_numpy(peak)
         found.scores[place] = np.repeat(mean, config.head_compress, axis=0)
         found.reasons[place] = reasons_of(self._backend.as_numpy(trace.mask), mean, peak, problem)

@@ -12,17 +12,20 @@ from typing import Any
 import cupy
 
 from ...problem import Problem
+from . import layers
 from .arrays import as_numpy, from_any, to_kind_of
 from .attend import dense_attention, sparse_attention
-from .compress import compress, find_anchors
+from .compress import as_composites, compress, find_anchors
+from .device import capability as require_device
+from .device import compile_seconds
 from .key_summary import RunningKeySummary
 from .run import run_dense, run_sparse
 from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_numpy", "check_finite", "compress", "dense_attention", "find_anchors", "from_any", "name", "run_dense",
-    "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_composites", "as_numpy", "check_finite", "compile_seconds", "compress", "dense_attention", "find_anchors",
+    "from_any", "layers", "name", "require_device", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "cupy"

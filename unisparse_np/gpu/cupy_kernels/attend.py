@@ -8,11 +8,12 @@ import cupy
 import numpy as np
 
 from ...problem import KeySummary, Problem, ceil_div
+from . import plain_stages
 from .compress import find_anchors, gather_anchors
 from .device import capability, num_multiprocessors, tensor_map
 from .plan import Plan, plan_of
 from .select import BlockMask, from_bool
-from .shapes import aligned, check_dtype, element_strides
+from .shapes import aligned, check_dtype, element_strides, uses_tensor_cores
 
 L2_SECTION_BYTES = 32 << 20  # keys and values worked on at a time: they stay in the L2 of an A100, H100 or H200
 HOPPER_HEAD_DIMS = (64, 128)
@@ -55,6 +56,9 @@ def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: P
     All launches are prepared before the first is made, so that the GPU never waits for the host between them.
     """
     problem = plan.problem
+    if not uses_tensor_cores(problem, q.dtype):
+        words, heads_per_row = (None, 1) if mask is None else (mask.words, mask.heads_per_row)
+        return Attended(*plain_stages.attend(q, k, v, words, heads_per_row, anchors, plan))
     q, k, v = aligned(q), aligned(k), aligned(v)
     with_anchors = anchors is not None and mask is not None
     keys = Keys(k, v, None if mask is None else mask.words)

@@ -9,8 +9,9 @@ import numpy as np
 
 from ...config import UniSparseConfig
 from ...problem import KeySummary, Problem, ceil_div
+from . import plain_stages
 from .plan import Plan, plan_of
-from .shapes import aligned, anchor_pitch, check_dtype, element_strides
+from .shapes import aligned, anchor_pitch, check_dtype, element_strides, uses_tensor_cores
 
 THREADS = 128
 
@@ -49,6 +50,8 @@ def find_anchors(k: Any, block_size: int, key_anchors: int) -> Any:
 
 def pool(q: Any, k: Any, plan: Plan, dtype: Any, *, with_keys: bool, with_anchors: bool) -> Pooled:
     """One launch over q (or None) and, with_keys, over k. dtype float32, or float16 for the tensor cores (saturating at 65504)."""
+    if not uses_tensor_cores(plan.problem, k.dtype):
+        return Pooled(*plain_stages.pool(q, k, plan.problem, with_keys=with_keys, with_anchors=with_anchors))
     problem, config = plan.problem, plan.problem.config
     k = aligned(k)
     q = k if q is None else aligned(q)
@@ -89,6 +92,11 @@ def to_half(composites: Any, plan: Plan) -> Any:
     function = plan.kernel("compress.cu", "to_half", 0)
     function((ceil_div(pairs, 256),), (256,), (composites, half, np.int64(pairs)))
     return half
+
+
+def as_composites(x: Any, problem: Problem, dtype: Any) -> Any:
+    """Composite tokens [heads, tokens, d] as step 2 takes them for inputs of this dtype: float16 for the tensor cores, or float32."""
+    return to_half(x, plan_of(problem)) if uses_tensor_cores(problem, dtype) else cupy.ascontiguousarray(x, dtype=np.float32)
 
 
 def gather_anchors(k: Any, v: Any, anchors: Any, plan: Plan) -> tuple[Any, Any]:

@@ -13,12 +13,13 @@ import numpy as np
 from ...errors import BackendUnavailable
 from ...problem import KeySummary, Problem
 from ...trace import Trace
+from . import plain_stages
 from .attend import attend
 from .compress import pool, to_half
 from .plan import plan_of
 from .scores import UNITS, score_units
 from .select import BlockMask, select_words, to_bool
-from .shapes import check_dtype
+from .shapes import check_dtype, uses_tensor_cores
 
 
 class DeviceTrace(Trace):
@@ -62,6 +63,8 @@ def run_sparse(
     at 65504), as compress.cu gives them; None to pool q here.
     """
     check_dtype(q.dtype)
+    if not uses_tensor_cores(problem, q.dtype):
+        return _run_sparse_plain(q, k, v, problem, key_summary, keep_scores)
     plan = plan_of(problem)
     with naming_the_way_out(problem):
         own = key_summary is None
@@ -77,6 +80,24 @@ def run_sparse(
     if keep_scores:
         trace.qc, trace.kc = qc.astype(np.float32), kc.astype(np.float32)
         trace.mean, trace.peak = units.astype(np.float32) / np.float32(UNITS), peak
+    return result.out, trace
+
+
+def _run_sparse_plain(
+    q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None, keep_scores: bool
+) -> tuple[Any, Trace]:
+    """run_sparse with float32 composites and the plain kernels."""
+    plan, own = plan_of(problem), key_summary is None
+    with naming_the_way_out(problem):
+        qc, kc, anchors = plain_stages.pool(q, k, problem, with_keys=own, with_anchors=own)
+        if key_summary is not None:
+            kc, anchors = key_summary.kc, key_summary.anchors if problem.config.key_anchors else None
+        units, peak = plain_stages.score_units(qc, kc, plan)
+        mask = select_words(units, peak, plan)
+        result = attend(q, k, v, mask, anchors, plan)
+    trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
+    if keep_scores:
+        trace.qc, trace.kc, trace.mean, trace.peak = qc, kc, units.astype(np.float32) / np.float32(UNITS), peak
     return result.out, trace
 
 

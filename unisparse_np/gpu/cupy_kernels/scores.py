@@ -11,9 +11,10 @@ import cupy
 import numpy as np
 
 from ...problem import Problem, ceil_div
-from .compress import to_half
+from . import plain_stages
 from .device import capability, tensor_map
 from .plan import Plan, plan_of
+from .shapes import uses_tensor_cores
 
 PORTABLE_THREADS, PORTABLE_ROWS, PORTABLE_COLUMNS, PORTABLE_WARP_ROWS = 256, 256, 64, 32  # of scores.cu
 HOPPER_THREADS, HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_GROUP, HOPPER_STAGES = 640, 256, 128, 16, 4  # of scores_sm90.cu
@@ -27,10 +28,14 @@ UNITS = 2.0**30  # scores are whole numbers of 1 / UNITS of a query block's mass
 def score_blocks(qc: Any, kc: Any, problem: Problem) -> tuple[Any, Any]:
     """Steps 2-3. qc [Hc, Tq, d], kc [Hkc, Tk, d] -> mean [Hc, Nq, Nk] float32 and peak, or None when the row threshold is off.
 
-    Blocks that are not visible hold 0.
+    float16 composites go to the tensor cores where the shapes fit them; float32 ones are kept in full. Blocks that are not visible
+    hold 0.
     """
     plan = plan_of(problem)
-    units, peak = score_units(to_half(qc, plan), to_half(kc, plan), plan, clear=True)
+    if not uses_tensor_cores(problem, qc.dtype):
+        units, peak = plain_stages.score_units(qc, kc, plan)
+        return units.astype(np.float32) / np.float32(UNITS), peak
+    units, peak = score_units(cupy.ascontiguousarray(qc), cupy.ascontiguousarray(kc), plan, clear=True)
     return units.astype(np.float32) / np.float32(UNITS), peak
 
 

@@ -11,8 +11,8 @@ from ...errors import InvalidInput
 from ...problem import Problem, ceil_div
 
 ANCHOR_TILE = 128  # compact anchor keys of one rank are padded to whole tiles
-BLOCK_SIZES = (64, 128, 256)
-HEAD_DIMS = (64, 80, 96, 128, 256)
+BLOCK_SIZES, HEAD_DIMS = (64, 128, 256), (64, 80, 96, 128, 256)  # of the tensor-core kernels
+MAX_BLOCK_SIZE, MAX_HEAD_DIM = 4096, 256  # of all
 LOG2_E = 1.4426950408889634
 
 _FIELDS = [
@@ -54,22 +54,36 @@ def anchor_pitch(problem: Problem) -> int:
 
 def check_dtype(dtype: Any) -> None:
     """Raises InvalidInput for dtypes that these kernels do not take."""
-    if dtype != np.float16 and dtype != ml_dtypes.bfloat16:
-        raise InvalidInput(f"dtype {dtype}: the cupy backend takes float16 and bfloat16; cast q, k, v, or use backend='reference'")
+    if dtype not in (np.float16, np.float32, ml_dtypes.bfloat16):
+        raise InvalidInput(f"dtype {dtype}: the cupy backend takes float16, bfloat16 and float32; cast q, k, v, or use backend='reference'")
 
 
 def check_shape(problem: Problem) -> None:
-    """Raises InvalidInput for what these kernels do not do: other block sizes and head dims, or a scale of 0 or less."""
-    if problem.config.block_size not in BLOCK_SIZES:
+    """Raises InvalidInput for what these kernels do not do: larger heads and blocks."""
+    if problem.head_dim > MAX_HEAD_DIM:
+        raise InvalidInput(f"head_dim={problem.head_dim}: the cupy backend takes up to {MAX_HEAD_DIM}; use backend='reference'")
+    if problem.config.block_size > MAX_BLOCK_SIZE:
         raise InvalidInput(
-            f"block_size={problem.config.block_size}: the cupy backend takes 64, 128 and 256; change it, or use backend='reference'"
+            f"block_size={problem.config.block_size}: the cupy backend takes up to {MAX_BLOCK_SIZE}; take less, or use backend='reference'"
         )
-    if problem.head_dim not in HEAD_DIMS:
-        raise InvalidInput(
-            f"head_dim={problem.head_dim}: the cupy backend takes {', '.join(map(str, HEAD_DIMS))}; pad it, or use backend='reference'"
-        )
-    if not (problem.scale or 0.0) > 0.0:
-        raise InvalidInput(f"scale={problem.scale}: the cupy backend needs a scale above 0; negate q instead, or use backend='reference'")
+
+
+def uses_tensor_cores(problem: Problem, dtype: Any) -> bool:
+    """Whether inputs of this dtype take the tensor-core kernels. Everything else takes the plain ones (plain_stages.py).
+
+    The only place that decides it, so that all stages of a problem go the same way.
+    """
+    return (
+        dtype != np.float32
+        and problem.config.block_size in BLOCK_SIZES
+        and problem.head_dim in HEAD_DIMS
+        and (problem.scale or 0.0) > 0.0  # their softmax takes the largest product for the largest logit
+    )
+
+
+def composite_dtype(problem: Problem, dtype: Any) -> Any:
+    """In which dtype composites go from step 1 to step 2: float16 for the tensor cores, otherwise float32."""
+    return np.float16 if uses_tensor_cores(problem, dtype) else np.float32
 
 
 def element_strides(x: Any) -> tuple[np.int64, np.int64]:
