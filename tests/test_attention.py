@@ -1,5 +1,7 @@
 """unisparse_attention's surface: kinds of arrays, what is returned, backends by name, scale and offset."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -104,8 +106,11 @@ def test_gpu_memory_is_refused_by_the_reference(qkv):
         unisparse_attention(*(Tensor(x, device=2) for x in qkv), CONFIG, backend="reference")
 
 
-def test_a_backend_without_layers_runs_no_model(monkeypatch):
-    monkeypatch.setattr("unisparse_np.attention.load_backend", lambda name: object())
-    with pytest.raises(BackendUnavailable, match="cupy backend computes attention, but not yet"):
+def test_a_backend_without_its_device_runs_no_model(monkeypatch):
+    def no_device():
+        raise BackendUnavailable("CuPy finds no usable CUDA device")
+
+    monkeypatch.setattr("unisparse_np.attention.load_backend", lambda name: SimpleNamespace(require_device=no_device))
+    with pytest.raises(BackendUnavailable, match="no usable CUDA device"):
         load_model_backend("cupy")
     assert choose_backend()[0] == "reference"

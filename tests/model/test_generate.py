@@ -30,17 +30,17 @@ class ScriptedModel:
 
     max_context = 1000
     config = SimpleNamespace(vocab_size=VOCAB)
-    backend = SimpleNamespace()  # without a sampler of its own
+    backend = SimpleNamespace(layers=SimpleNamespace(memory=None))  # without a sampler of its own
 
     def __init__(self, script):
         self.script = iter(script)
-        self.read, self.attentions, self.capacity = [], [], 0
+        self.read, self.attentions, self.capacity, self.released = [], [], 0, []
 
     def new_cache(self, capacity, attention):
         if attention == "wrong":
             raise InvalidInput("attention='wrong'")
         self.capacity = capacity
-        return SimpleNamespace()
+        return SimpleNamespace(release=lambda: self.released.append(True))
 
     def prefill_on_backend(self, token_ids, cache, attention, *, chunk_size=None, progress=None):
         if progress is not None:

@@ -128,6 +128,11 @@ _CHUNK_FLAG = flag("--chunk-size", type=Size(), help="Tokens of the prompt read 
 run_options = in_section("Running", *_RUN_FLAGS[:2], _CHUNK_FLAG, *_RUN_FLAGS[2:])
 measuring_run_options = in_section("Running", *_RUN_FLAGS)  # for commands that choose their chunks themselves
 
+check_finite_option = in_section(
+    "Running",
+    flag("--check-finite", is_flag=True, help="Look for NaN and infinity after every half layer and name the first place. Slower."),
+)
+
 output_options = in_section(
     "Output",
     flag("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."),

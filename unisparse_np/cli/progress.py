@@ -18,6 +18,10 @@ class PrefillBar:
         self._bar: Any = None
         self._started = time.perf_counter()
 
+    def if_shown(self) -> PrefillBar | None:
+        """The bar itself, or None where nothing would be drawn: progress makes a GPU wait for the host after each chunk."""
+        return self if self._shown else None
+
     def __enter__(self) -> PrefillBar:
         self._started = time.perf_counter()
         return self

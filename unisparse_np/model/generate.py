@@ -75,10 +75,10 @@ def stream_generate(
         chunk_size, progress: see `Llama.prefill`.
 
     Raises:
-        InvalidInput: an argument breaks its rule, or the prompt is empty or does not fit the context.
+        InvalidInput: an argument breaks its rule, or the prompt is empty or does not fit the context or the memory.
         CheckpointError: the chat template is broken; from the iterator: the logits are not finite.
     """
-    stopwatch = Stopwatch(started=time.perf_counter())
+    stopwatch = Stopwatch(time.perf_counter(), model.backend)
     sampler = _sampler_of(model, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stop_strings = StopStrings(stop)
     stop_token_ids = {token_id for text in stop_strings.texts if (token_id := tokenizer.special_token_id(text)) is not None}
@@ -97,7 +97,7 @@ def stream_generate(
     ends: dict[int, FinishReason] = {token_id: "eos" for token_id in tokenizer.eos_token_ids}
     ends.update({token_id: "stop" for token_id in stop_token_ids})
     pieces = _pieces(token_ids, tokenizer, stop_strings, ends, max_tokens)
-    return _with_statistics(pieces, model, cache, len(prompt_ids), stopwatch)
+    return _releasing(cache, _with_statistics(pieces, model, cache, len(prompt_ids), stopwatch))
 
 
 def generate(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int], **options: Any) -> str:
@@ -106,10 +106,14 @@ def generate(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int], **
 
 
 def _sampler_of(model: Llama, *settings: Any) -> Callable[[Any, np.ndarray], int]:
-    """What chooses a token from the backend's logits: the backend's own sampler where it has one. Checks the settings."""
-    sampler = Sampler(*settings)
-    new_sampler = getattr(model.backend, "new_sampler", None)
-    return sampler if new_sampler is None else new_sampler(*settings, model.config.vocab_size)
+    """What chooses a token from the backend's logits: the backend's own sampler where it has one. Checks the settings.
+
+    On several ranks the choice is rank 0's for all.
+    """
+    sampler: Callable[[Any, np.ndarray], int] = Sampler(*settings)
+    if (new_sampler := getattr(model.backend, "new_sampler", None)) is not None:
+        sampler = new_sampler(*settings, model.config.vocab_size)
+    return lambda logits, ids: model.ranks.world.broadcast(sampler(logits, ids))
 
 
 def _generate_tokens(
@@ -163,6 +167,14 @@ def _with_statistics(pieces: Iterator[Piece], model: Llama, cache: KVCache, prom
         else:
             statistics = stopwatch.statistics(prompt_tokens, count, model.layer_densities(cache))
             yield Piece(piece.text, piece.token_id, piece.finish_reason, statistics)
+
+
+def _releasing(cache: KVCache, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The same pieces; the cache's memory is free again after the last, after an error, and when nobody asks for more."""
+    try:
+        yield from pieces
+    finally:
+        cache.release()
 
 
 def _prompt_ids(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int], system: str | None, raw: bool) -> list[int]:

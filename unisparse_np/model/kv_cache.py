@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
+
+import numpy as np
 
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
@@ -31,7 +34,12 @@ class KVCache:
             self._keys = backend.xp.empty(shape, dtype=dtype)  # [layers, Hkv, capacity, d]
             self._values = backend.xp.empty(shape, dtype=dtype)
         except MemoryError:
-            raise InvalidInput(f"a cache of {capacity} tokens does not fit this machine's memory: lower the context length") from None
+            self._keys = None
+            where, way_out = "this machine's memory", "lower the context length"
+            if (memory := backend.layers.memory) is not None:
+                bytes_per_token = 2 * prod(shape) // capacity * np.dtype(dtype).itemsize
+                where, way_out = "the GPU's memory", f"at most {memory.free_bytes() // bytes_per_token} would fit"
+            raise InvalidInput(f"a cache of {capacity} tokens does not fit {where}: {way_out}") from None
         self.capacity = capacity
         self.length = 0
         self.decoders: dict[Any, Any] = {}  # what the model made for decode steps over this cache, by their attention
@@ -84,6 +92,22 @@ class KVCache:
         """All layers have written the next tokens: they now count."""
         self.length += tokens
 
+    def release(self) -> None:
+        """Give the memory of keys, values and what was made over them back. The densities stay."""
+        self._keys = self._values = None
+        self._summaries = [{} for _ in self._summaries]
+        self.decoders.clear()
+
     def densities(self) -> list[float]:
         """One density a layer (kept over visible blocks of the prefill); empty before the first prefill."""
-        return [sum(count() for count in kept) / visible for kept, visible in zip(self._kept, self._visible, strict=True) if visible]
+        return densities(self.counts())
+
+    def counts(self) -> np.ndarray:
+        """[layers, 2]: kept and visible blocks of the prefill, of the heads and queries that this process computed."""
+        kept = [sum(count() for count in calls) for calls in self._kept]
+        return np.array([kept, self._visible], dtype=np.float64).T
+
+
+def densities(counts: np.ndarray) -> list[float]:
+    """counts [layers, 2] as from `KVCache.counts` -> one density a layer; empty where nothing was counted."""
+    return [float(kept / visible) for kept, visible in counts if visible]

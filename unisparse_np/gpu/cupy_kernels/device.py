@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,32 @@ def kernel(file: str, name: str, shared_bytes: int, **defines: int) -> Any:
     options = ["-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()) if key in code)]
     if capability() == (9, 0):
         options.append("-arch=sm_90a")  # wgmma and setmaxnreg; CuPy's own -arch=sm_90 comes after it and yields
-    module = _module(code, tuple(options))
-    function = module.get_function(name)
+    with _compiling:
+        function = _module(code, tuple(options)).get_function(name)
     if shared_bytes > 48 * 1024:
         function.max_dynamic_shared_size_bytes = shared_bytes
     return function
+
+
+def compile_seconds() -> float:
+    """Time this process has spent on making kernels ready: compiling them, or reading them from CuPy's cache on disk."""
+    return _compiling.seconds
+
+
+class _Stopwatch:
+    """Adds up the time inside its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+_compiling = _Stopwatch()
 
 
 @lru_cache(maxsize=256)
