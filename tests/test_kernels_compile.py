@@ -19,7 +19,27 @@ def cases(architecture):
     yield "compress.cu", architecture, {"HEAD_DIM": 128, "BLOCK_SIZE": 128}, "compress", 80, 0
     yield "select.cu", architecture, {}, "select_blocks", 64, 0
     yield "schedule.cu", architecture, {}, "schedule", 64, 0
+    yield "decode_attention.cu", architecture, {"HEAD_DIM": 128, "ROW_TILES": 1}, "decode_attention", 168, 0  # two thread blocks
+    yield "decode_select.cu", architecture, {"HEAD_DIM": 128, "ROW_TILES": 1, "BLOCK_SIZE": 128}, "decode_scores", 128, 0
     yield "repair.cu", architecture, {"HEAD_DIM": 128}, "repair", 128, 0
+    yield from plain_cases(architecture, 128, 64, 16)
+    yield from layer_cases(architecture)
+
+
+def layer_cases(architecture):
+    """The same of the model's layers, for rows of 4,096 numbers."""
+    yield "layers.cu", architecture, {"WIDTH": 4096, "THREADS": 256}, "rms_norm", 64, 0
+    pooling = {"HEAD_DIM": 128, "BLOCK_SIZE": 128, "Q_COMPRESS": 8, "K_COMPRESS": 8, "WARPS": 4}
+    yield "rotary.cu", architecture, pooling, "rotate_heads", 96, 16  # five thread blocks: on sm_80 a few numbers too many
+    yield "gemv.cu", architecture, {"WIDTH": 4096, "THREADS": 256}, "norm_gemv_swiglu", 128, 0
+
+
+def plain_cases(architecture, dim, rows, query_rows):
+    """The same of the plain kernels, in float32; two thread blocks of 256 threads fit a multiprocessor."""
+    # 64 rows at d 128: as many registers as there are, and a few of the loop's numbers too many
+    yield "plain_attend.cu", architecture, {"HEAD_DIM": dim, "TILE_ROWS": rows, "IS_FLOAT32": 1}, "attend_plain", 128, 24
+    yield "plain_scores.cu", architecture, {"HEAD_DIM": dim, "TILE_ROWS": query_rows}, "score_plain", 128, 0
+    yield "plain_compress.cu", architecture, {"HEAD_DIM": dim, "IS_FLOAT32": 1}, "pool_plain", 64, 0
 
 
 def hopper_cases():
@@ -36,6 +56,11 @@ MORE_CASES = [
     *cases("sm_100"),
     *(("attend_sm90.cu", HOPPER, {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm90", 168, 0) for s, d in ((64, 128), (128, 64), (256, 128))),
     *(("attend_sm80.cu", "sm_80", {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm80", 255, 0) for s, d in ((64, 64), (128, 64), (128, 256))),
+    ("decode_attention.cu", "sm_80", {"HEAD_DIM": 256, "ROW_TILES": 1}, "decode_attention", 255, 0),
+    ("decode_attention.cu", "sm_80", {"HEAD_DIM": 128, "ROW_TILES": 2}, "decode_attention", 255, 0),
+    *plain_cases("sm_80", 64, 64, 32),
+    *plain_cases("sm_80", 256, 32, 32),
+    *plain_cases(HOPPER, 18, 16, 16),
     ("scores.cu", "sm_80", {"HEAD_DIM": 64, "QUERIES_PER_BLOCK": 64, "KEYS_PER_BLOCK": 1}, "score_blocks", 255, 0),
 ]
 

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 HERE = Path(__file__).parent
@@ -37,6 +38,10 @@ class ndarray(np.ndarray):
     @property
     def data(self) -> Memory:  # type: ignore[override]
         return Memory(self.ctypes.data)
+
+    def set(self, values: np.ndarray) -> None:
+        """A copy from the host."""
+        self[...] = values
 
 
 @lru_cache
@@ -79,6 +84,36 @@ class Kernel:
         built.launch(pointers, len(values), int(x), int(y), int(block[0]), ctypes.c_long(shared_mem), ctypes.c_uint(Kernel.seed))
 
 
+class Event:
+    """Everything here has finished when it returns."""
+
+    def __init__(self, disable_timing: bool = False) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class MemoryPool:
+    """What the backend asks CuPy's pool; `limit` is what tests set."""
+
+    limit = 0
+
+    def free_bytes(self) -> int:
+        return 0
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def total_bytes(self) -> int:
+        return 1 << 20
+
+    def get_limit(self) -> int:
+        return MemoryPool.limit
+
+    def free_all_blocks(self) -> None: ...
+
+
 class RawModule:
     def __init__(self, code: str, options: tuple[str, ...] = (), backend: str = "nvrtc", **_: Any) -> None:
         self.code = code
@@ -101,6 +136,26 @@ def encode_tensor_map(to: int, _type: int, rank: int, base: Any, sizes: Any, str
     encoded[72:88].view(np.int32)[:] = list(box)
     ctypes.memmove(to, encoded.ctypes.data, 128)
     return 0
+
+
+def gemm(
+    _handle: int, transpose_a: int, transpose_b: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int, lda: int, b: int,
+    b_type: int, ldb: int, beta: int, c: int, c_type: int, ldc: int, _compute: int, _algorithm: int,
+) -> None:  # fmt: skip
+    """cublasGemmEx in NumPy, for the one shape that is asked for: C [n, m] = alpha B [n, k] A^T [k, m] + beta C, rows first."""
+    assert (transpose_a, transpose_b, lda, ldb, ldc) == (1, 0, k, k, m)
+    left, right, out = _memory(b, (n, k), b_type), _memory(a, (m, k), a_type), _memory(c, (n, m), c_type)
+    factors = [_memory(pointer, (1,), 0)[0] for pointer in (alpha, beta)]
+    result = factors[0] * (left.astype(np.float32) @ right.astype(np.float32).T)
+    if factors[1]:  # beta 0 does not read C
+        result += factors[1] * out.astype(np.float32)
+    out[...] = result
+
+
+def _memory(pointer: int, shape: tuple[int, ...], kind: int) -> np.ndarray:
+    dtype = np.dtype({0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}[kind])
+    raw = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(pointer)
+    return np.frombuffer(raw, dtype).reshape(shape)
 
 
 @contextlib.contextmanager
@@ -129,6 +184,7 @@ def _module(capability: str) -> types.ModuleType:
         "concatenate",
         "empty",
         "empty_like",
+        "isfinite",
         "packbits",
         "repeat",
         "rint",
@@ -141,10 +197,15 @@ def _module(capability: str) -> types.ModuleType:
         setattr(module, function, _viewing(getattr(np, function)))
     module.asnumpy = np.asarray  # type: ignore[attr-defined]
     module.RawModule = RawModule  # type: ignore[attr-defined]
+    module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
-    runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError)
+    runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34, 1 << 34))
+    cublas = types.SimpleNamespace(gemmEx=gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1)
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
-    module.cuda = types.SimpleNamespace(Device=lambda: device, runtime=runtime, memory=memory)  # type: ignore[attr-defined]
+    devices = types.SimpleNamespace(get_cublas_handle=lambda: 0)
+    module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        Device=lambda: device, Event=Event, device=devices, runtime=runtime, memory=memory, cublas=cublas
+    )
     return module
 
 

@@ -9,87 +9,10 @@
 // is the same to the bit whatever it was cut with.
 //
 // Shared memory: squared norms [KV heads of the composite][BLOCK_SIZE].
+#include "pool.cuh"
 #include "shape.cuh"
 
 #define WARPS 4
-#define LANES_PER_ROW (HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32)  // 8 elements a lane; those past HEAD_DIM idle
-#define ROWS_AT_ONCE (32 / LANES_PER_ROW)
-#define LARGEST_HALF 65504.f
-
-struct Input {  // one head after the other, each with rows of HEAD_DIM contiguous elements
-  const uint16_t* data;
-  int64_t head_stride, row_stride;
-};
-
-DEVICE float saturate(float x) { return x > LARGEST_HALF ? LARGEST_HALF : x < -LARGEST_HALF ? -LARGEST_HALF : x; }
-
-DEVICE void write_composite(const float (&mean)[8], int64_t at, int lane, uint32_t* half, float* single) {
-  if (lane * 8 >= HEAD_DIM) return;
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    if (half) half[(at * HEAD_DIM + lane * 8 + i) >> 1] = pack_half(saturate(mean[i]), saturate(mean[i + 1]));
-    if (single) {
-      single[at * HEAD_DIM + lane * 8 + i] = mean[i];
-      single[at * HEAD_DIM + lane * 8 + i + 1] = mean[i + 1];
-    }
-  }
-}
-
-// The mean of tokens [start, stop) of `members` heads, by one warp: lane l < LANES_PER_ROW ends with elements 8 l .. 8 l + 7.
-// norms, if given, receives the squared norm of every row: norms[member * BLOCK_SIZE + token % BLOCK_SIZE].
-DEVICE void pool(float (&mean)[8], Input x, int first_head, int members, int start, int stop, float* norms) {
-  const int lane = threadIdx.x & 31, part = lane / LANES_PER_ROW, column = (lane % LANES_PER_ROW) * 8;
-  const int tokens = stop - start;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) mean[i] = 0.f;
-  for (int member = 0; member < members; ++member) {
-    const uint16_t* from = x.data + (first_head + member) * x.head_stride + start * x.row_stride + column;
-#pragma unroll 4
-    for (int r0 = 0; r0 < tokens; r0 += ROWS_AT_ONCE) {
-      const int r = r0 + part;
-      int4 raw = make_int4(0, 0, 0, 0);
-      if (r < tokens && column < HEAD_DIM) raw = *(const int4*)(from + r * x.row_stride);
-      const float2 a = unpack(raw.x), b = unpack(raw.y), c = unpack(raw.z), d = unpack(raw.w);
-      mean[0] += a.x; mean[1] += a.y; mean[2] += b.x; mean[3] += b.y;
-      mean[4] += c.x; mean[5] += c.y; mean[6] += d.x; mean[7] += d.y;
-      if (norms) {
-        float n = a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y;
-        for (int step = LANES_PER_ROW / 2; step; step >>= 1) n += __shfl_xor_sync(0xffffffffu, n, step);
-        if (r < tokens && column == 0) norms[member * BLOCK_SIZE + (start + r) % BLOCK_SIZE] = n == n ? n : INFINITY_F;
-      }
-    }
-  }
-  const float share = 1.f / (members * tokens);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    for (int step = LANES_PER_ROW; step < 32; step *= 2) mean[i] += __shfl_xor_sync(0xffffffffu, mean[i], step);
-    mean[i] *= share;
-  }
-}
-
-// The r keys of smallest norm of one block, by one warp: ascending, lower position first on ties, -1 where there are none left.
-DEVICE void pick_anchors(const float* norms, int first, int count, int key_anchors, int* anchors) {
-  const int lane = threadIdx.x & 31;
-  float last_norm = -1.f;
-  int last = -1;
-  for (int rank = 0; rank < key_anchors; ++rank) {
-    float best = INFINITY_F;
-    int place = BLOCK_SIZE;
-    for (int i = lane; i < count; i += 32) {  // the smallest after the one before
-      const float n = norms[i];
-      const bool after = n > last_norm || (n == last_norm && i > last);
-      if (after && (n < best || (n == best && i < place))) { best = n; place = i; }
-    }
-    for (int step = 16; step; step >>= 1) {
-      const float n = __shfl_xor_sync(0xffffffffu, best, step);
-      const int i = __shfl_xor_sync(0xffffffffu, place, step);
-      if (n < best || (n == best && i < place)) { best = n; place = i; }
-    }
-    if (lane == 0) anchors[rank] = place < BLOCK_SIZE ? first + place : -1;
-    last_norm = best;
-    last = place;
-  }
-}
 
 // Grid: Hc * Nq thread blocks for the queries, then Hkc * Nk for the keys; first_part leaves out those before it.
 // qc, kc: [heads, tokens, d] as float16 and/or float32, either null; anchors [Hkv, Nk, r] or null.

@@ -1,0 +1,85 @@
+"""Matrix products of a single token (cuda/gemv.cu): bound by reading the weights once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ...problem import ceil_div
+from .device import kernel, num_multiprocessors
+
+MOST_THREADS = 256
+THREADS_PER_MULTIPROCESSOR = 512  # what the kernel's launch bounds promise room for
+MOST_SHARED_BYTES = 32 << 10
+NULL = np.uint64(0)
+
+
+def gemv(weight: Any, x: Any, bias: Any, out: Any) -> None:
+    """out = W x + b: weight [rows, width], x [width] and out [rows] (or with a leading 1) in one dtype, bias [rows] float32 or None."""
+    _launch("gemv", weight, 1, (weight, x, bias, out))
+
+
+def gemv_float32(weight: Any, x: Any, out: Any) -> None:
+    """out = W x into float32: logits."""
+    _launch("gemv_float32", weight, 1, (weight, x, out))
+
+
+def gemv_add(weight: Any, x: Any, bias: Any, stream: Any) -> None:
+    """stream += W x + b, the stream [rows] in float32."""
+    _launch("gemv_add", weight, 1, (weight, x, bias, stream))
+
+
+def norm_gemv(weight: Any, stream: Any, norm: Any, eps: float, bias: Any, out: Any) -> None:
+    """out = W rms_norm(stream) + b: stream [width] and norm [width] float32."""
+    _launch("norm_gemv", weight, 1, (weight, stream, norm, np.float32(eps), bias, out))
+
+
+def norm_gemv_float32(weight: Any, stream: Any, norm: Any, eps: float, out: Any) -> None:
+    """out = W rms_norm(stream) into float32: logits."""
+    _launch("norm_gemv_float32", weight, 1, (weight, stream, norm, np.float32(eps), out))
+
+
+def norm_gemv_swiglu(weight: Any, stream: Any, norm: Any, eps: float, bias: Any, out: Any) -> None:
+    """out = silu(gate) * up of (gate, up) = W rms_norm(stream) + b: weight [2 rows, width], gate first -> out [rows]."""
+    _launch("norm_gemv_swiglu", weight, 2, (weight, stream, norm, np.float32(eps), bias, out))
+
+
+def threads_of(width: int) -> int:
+    """Threads that share a row: whole warps that the row's pieces of 8 fill as well as can be."""
+    pieces = ceil_div(width, 8)
+    each = ceil_div(pieces, MOST_THREADS)
+    return ceil_div(pieces, 32 * each) * 32
+
+
+def _launch(name: str, weight: Any, group: int, arguments: tuple[Any, ...]) -> None:
+    """group: rows of the weight that make one output."""
+    outputs = len(weight) // group
+    function, grid, threads, shared = _plan(name, weight.dtype.name, outputs, weight.shape[1], group)
+    given = (*(NULL if x is None else x for x in arguments), np.int32(outputs))
+    function((grid,), (threads,), given, shared_mem=shared)
+
+
+@lru_cache(maxsize=1024)
+def _plan(name: str, dtype: str, outputs: int, width: int, group: int) -> tuple[Any, int, int, int]:
+    """The compiled kernel, its thread blocks, their threads and bytes of shared memory."""
+    threads = threads_of(width)
+    at_once = outputs_at_once(width, threads, group)
+    grid = min(ceil_div(outputs, at_once), num_multiprocessors() * max(1, THREADS_PER_MULTIPROCESSOR // threads))
+    grid = max(grid, ceil_div(outputs * group * threads // 8, MOST_SHARED_BYTES))
+    shared = shared_bytes(ceil_div(outputs, grid), at_once, threads, group)
+    defines = {"IS_FLOAT16": int(dtype == "float16"), "IS_FLOAT32": int(dtype == "float32")}
+    return kernel("gemv.cu", name, shared, **defines, WIDTH=width, THREADS=threads), grid, threads, shared
+
+
+def outputs_at_once(width: int, threads: int, group: int) -> int:
+    """AT_ONCE of gemv.cu."""
+    pieces = ceil_div(width, 8 * threads)
+    rows = 8 if pieces <= 1 else 4 if pieces <= 2 else 2 if pieces <= 4 else 1
+    return max(1, rows // group)
+
+
+def shared_bytes(outputs: int, at_once: int, threads: int, group: int) -> int:
+    """Shared memory of a thread block with so many outputs at most: each warp's part of every sum, and sums of squares."""
+    return 4 * (threads // 32) * (ceil_div(outputs, at_once) * at_once * group + 1)
