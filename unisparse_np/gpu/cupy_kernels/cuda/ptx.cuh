@@ -62,6 +62,23 @@ DEVICE float log2_fast(float x) {
   return y;
 }
 
+// ---- pairs of 16-bit elements
+DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+// An 8 x 8 matrix over a warp, lane (g, t) holding columns 2 t and 2 t + 1 of row g: the same of its transpose.
+DEVICE uint32_t transpose_pairs(uint32_t x) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+  return r;
+}
+
+// ---- global memory
+DEVICE int4 load_once(const void* p) {  // 16 bytes that this kernel does not write, past the L1
+  int4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
 // ---- shared memory by address
 DEVICE void store_shared(uint32_t address, uint32_t value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
 DEVICE void store_shared(uint32_t address, int4 v) {

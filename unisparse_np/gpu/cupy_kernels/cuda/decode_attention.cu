@@ -1,0 +1,390 @@
+// Step 6 for a few queries a head (a decode step has one): the keys are split over the whole GPU, dense or over selected blocks and anchors.
+//
+// Version ladder (figures and verdicts: docs/kernels.md)
+//   1  a thread block serves all query heads of a KV head for its share of the keys, so that each key is read once; a warp takes 16
+//      keys at a time, keys and values go from global memory straight into the operands of mma.sync (few_rows.cuh); the loads of
+//      the next 16 are issued as soon as the registers of these are free
+//
+// Work. A group is the ROWS query rows (query head, query) that one thread block can hold; most often all rows of a KV head. KeyWalk of
+// 16 keys are dealt out evenly: each group gets thread blocks in proportion to its tiles, each of them an even share of the
+// group's selected tiles and of its anchors. The last thread block of a group to finish merges what all of them found, always in
+// the same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
+// replays at any length.
+//
+// Only blocks that some row of the group selected are read. A row that did not select one gives its keys a weight of 0, and 0 * NaN is
+// NaN: rows that come out not finite are computed again, key by key.
+//
+// Shared memory: merge area { outputs [WARPS][ROWS][HEAD_DIM], later weights [ROWS][gridDim.x] }, {max, sum} [WARPS][ROWS], the query
+// rows [ROW_TILES][ROWS_BYTES], list of selected blocks [list_room] {block, rows that see it}, tiles of each group [groups].
+#include "few_rows.cuh"
+#include "one_row.cuh"
+
+#define WARPS 6
+#define THREADS (32 * WARPS)
+#define ROWS (8 * ROW_TILES)
+#define TILE 16  // keys
+#define LN_2 0.6931471805599453f
+
+struct Group {  // some query rows of one KV head: n = 0 .. count - 1 are rows first_row + n of its G * q_len, query heads first
+  int kv_head, first_row, count;
+
+  DEVICE Group(const Shape& shape, int index) {
+    const int rows = shape.num_q_heads / shape.num_kv_heads * shape.q_len, parts = ceil_div(rows, ROWS);
+    kv_head = index / parts;
+    first_row = index % parts * ROWS;
+    count = min(ROWS, rows - first_row);
+  }
+  DEVICE int head(const Shape& shape, int n) const { return kv_head * (shape.num_q_heads / shape.num_kv_heads) + (first_row + n) / shape.q_len; }
+  DEVICE int query(const Shape& shape, int n) const { return (first_row + n) % shape.q_len; }
+};
+
+// Which rows of the group selected key block `block`: bit n for row n.
+DEVICE uint32_t rows_that_selected(const uint32_t* words, const Shape& shape, const Group& group, int block, int visible) {
+  uint32_t rows = 0;
+  for (int n = 0; n < group.count; ++n) rows |= (selected_word(words, shape, group.head(shape, n), 0, block >> 5, visible) >> (block & 31) & 1) << n;
+  return rows;
+}
+
+// Word w of the blocks that some row of the group selected.
+DEVICE uint32_t word_of_group(const uint32_t* words, const Shape& shape, const Group& group, int w, int visible) {
+  uint32_t any = 0;
+  for (int head = group.head(shape, 0); head <= group.head(shape, group.count - 1); ++head) any |= selected_word(words, shape, head, 0, w, visible);
+  return any;
+}
+
+struct Share {  // thread block `index` of the `count` that work on a group, the first of which is thread block `first`
+  int group, index, count, first;
+};
+
+// Deals out the thread blocks; group is -1 where nothing is left to do. tiles [groups] in shared memory.
+DEVICE Share deal(const int* tiles, int groups) {
+  int64_t total = 0;
+  for (int g = 0; g < groups; ++g) total += tiles[g];
+  int first = 0;
+  for (int g = 0; g < groups; ++g) {
+    const int fair = total ? 1 + (int)((int64_t)((int)gridDim.x - groups) * tiles[g] / total) : 1;
+    const int count = max(1, min(fair, ceil_div(tiles[g], WARPS)));
+    if ((int)blockIdx.x < first + count) return {g, (int)blockIdx.x - first, count, first};
+    first += count;
+  }
+  return {-1, 0, 0, 0};
+}
+
+struct Part {  // [start, stop) of `count` things for this share
+  int start, stop;
+  DEVICE Part(int count, const Share& share)
+      : start((int)((int64_t)count * share.index / share.count)), stop((int)((int64_t)count * (share.index + 1) / share.count)) {}
+};
+
+// One warp writes {block, rows that see it} of the selected blocks number first .. last (counted from 0) to list.
+DEVICE void list_blocks(int2* list, int first, int last, const uint32_t* words, const Shape& shape, const Group& group, int visible) {
+  const int lane = threadIdx.x & 31;
+  int before = 0;
+  for (int w0 = 0; 32 * w0 < visible && before <= last; w0 += 32) {
+    uint32_t bits = word_of_group(words, shape, group, w0 + lane, visible);
+    int rank = __popc(bits), sum;
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, rank, step);
+      if (lane >= step) rank += other;
+    }
+    sum = __shfl_sync(0xffffffffu, rank, 31);
+    rank += before - __popc(bits);
+    for (; bits; bits &= bits - 1, ++rank) {
+      if (rank < first || rank > last) continue;
+      const int block = 32 * (w0 + lane) + __ffs(bits) - 1;
+      list[rank - first] = make_int2(block, (int)rows_that_selected(words, shape, group, block, visible));
+    }
+    before += sum;
+  }
+}
+
+struct Key { int position; uint32_t rows; };  // lanes l and l + 16: key l of a tile, -1 where there is none, and the rows that see it
+
+// The tiles of one share: selected ones first, then anchors.
+struct KeyWalk {
+  const Shape& shape;
+  const Group& group;
+  const uint32_t* words;
+  const int* anchors;  // [Nk, r] of this KV head
+  const int2* list;
+  Part selected, of_anchors;
+  int visible_keys, visible;
+
+  DEVICE int count() const { return selected.stop - selected.start + of_anchors.stop - of_anchors.start; }
+
+  DEVICE Key at(int i) const {
+    const int lane = threadIdx.x & 15, tile = selected.start + i;
+    if (tile >= selected.stop) return anchor((tile - selected.stop + of_anchors.start) * TILE + lane);
+    Key key = {tile * TILE + lane, 0xffffffffu};
+    if (words) {
+      const int per_block = shape.block_size / TILE;
+      const int2 entry = list[tile / per_block - selected.start / per_block];
+      key = {entry.x * shape.block_size + tile % per_block * TILE + lane, (uint32_t)entry.y};
+    }
+    if (key.position >= visible_keys) key.position = -1;
+    return key;
+  }
+  DEVICE Key anchor(int n) const {  // the n-th of this KV head: seen by the rows that did not select its block
+    const int block = n / shape.key_anchors;
+    Key key = {-1, 0};
+    if (block >= visible) return key;
+    key.rows = ~rows_that_selected(words, shape, group, block, visible) & ((1u << group.count) - 1);
+    const int position = anchors[n];
+    if (key.rows && position < visible_keys) key.position = position;
+    return key;
+  }
+};
+
+struct Rows {  // what a lane knows of the two rows 2 t and 2 t + 1 of each row tile
+  int last[ROW_TILES][2];  // key position that the row sees last; -1 for a row that does not exist
+  float max[ROW_TILES][2], sum[ROW_TILES][2];  // the sum is over this lane's keys
+};
+
+// Scores of 16 keys to weights, with the running maxima; shrink[n][e] is what earlier outputs of the row are worth now.
+DEVICE void soften(float (&z)[ROW_TILES][4], float (&shrink)[ROW_TILES][2], Rows& rows, Key key, float scale_log2) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int position[2];
+  uint32_t seen_by[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    position[k] = __shfl_sync(0xffffffffu, key.position, g + 8 * k);
+    seen_by[k] = __shfl_sync(0xffffffffu, key.rows, g + 8 * k);
+  }
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const bool seen = position[k] >= 0 && position[k] <= rows.last[n][e] && (seen_by[k] >> (8 * n + 2 * t + e) & 1);
+        z[n][2 * k + e] = seen ? z[n][2 * k + e] * scale_log2 : -INFINITY_F;
+      }
+      const float highest = fmaxf(rows.max[n][e], max_over_keys(fmaxf(z[n][e], z[n][2 + e])));
+      const float base = highest == -INFINITY_F ? 0.f : highest;
+      shrink[n][e] = exp2_fast(rows.max[n][e] - base);
+      z[n][e] = exp2_fast(z[n][e] - base);
+      z[n][2 + e] = exp2_fast(z[n][2 + e] - base);
+      rows.sum[n][e] = rows.sum[n][e] * shrink[n][e] + z[n][e] + z[n][2 + e];
+      rows.max[n][e] = highest;
+    }
+}
+
+struct Cache {  // keys or values of one KV head
+  const uint16_t* data;
+  int64_t row_stride;
+  DEVICE const uint16_t* row(int position) const { return position < 0 ? nullptr : data + position * row_stride; }
+};
+
+DEVICE void load_keys(KeyTile& tile, const Cache& keys, Key key) {
+  const int lane = threadIdx.x & 31;
+  const int low = __shfl_sync(0xffffffffu, key.position, lane >> 2), high = __shfl_sync(0xffffffffu, key.position, 8 + (lane >> 2));
+  tile.load(keys.row(low), keys.row(high), lane & 3, load_once);
+}
+
+DEVICE void load_values(ValueTile& tile, const Cache& values, Key key) {
+  const int lane = threadIdx.x & 31;
+  const uint16_t* rows[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) rows[k] = values.row(__shfl_sync(0xffffffffu, key.position, 2 * (lane & 3) + (k & 1) + 8 * (k >> 1)));
+  tile.load(rows, lane >> 2);
+}
+
+// Sums what the warps found, in their order, into found [ROWS][HEAD_DIM] and its {max, sum} [ROWS], both in global memory.
+DEVICE void merge_warps(float* found, float2* statistics, const float* outputs, const float2* warp_statistics, int rows) {
+  for (int e = threadIdx.x; e < rows * HEAD_DIM; e += THREADS) {
+    const int row = e / HEAD_DIM;
+    float highest = -INFINITY_F;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) highest = fmaxf(highest, warp_statistics[w * ROWS + row].x);
+    const float base = highest == -INFINITY_F ? 0.f : highest;
+    float out = 0.f, sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float2 s = warp_statistics[w * ROWS + row];
+      const float weight = exp2_fast(s.x - base);
+      out += weight * outputs[w * ROWS * HEAD_DIM + e];
+      sum += weight * s.y;
+    }
+    found[e] = out;
+    if (e % HEAD_DIM == 0) statistics[row] = make_float2(highest, sum);
+  }
+}
+
+// The share of each of `count` thread blocks in row `row`, to weights [count]; returns the row's log-sum-exp. One warp.
+DEVICE float weigh(float* weights, const float2* statistics, int row, int count) {
+  const int lane = threadIdx.x & 31;
+  float highest = -INFINITY_F, sum = 0.f;
+  for (int i = lane; i < count; i += 32) highest = fmaxf(highest, statistics[i * ROWS + row].x);
+#pragma unroll
+  for (int step = 16; step; step >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, step));
+  const float base = highest == -INFINITY_F ? 0.f : highest;
+  for (int i = lane; i < count; i += 32) sum += exp2_fast(statistics[i * ROWS + row].x - base) * statistics[i * ROWS + row].y;
+#pragma unroll
+  for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  const float scale = sum == 0.f ? 0.f : 1.f / sum;
+  for (int i = lane; i < count; i += 32) weights[i] = exp2_fast(statistics[i * ROWS + row].x - base) * scale;
+  return sum == 0.f ? -INFINITY_F : (base + log2_fast(sum)) * LN_2;
+}
+
+// Grid: as many thread blocks as the GPU holds at once. Strides in elements, last axis contiguous; output [Hq, q_len, d], lse [Hq, q_len] or null.
+// position: of the first query, in device memory, the last query's key being the last (null: the shape says both). words
+// [mask rows, words_per_row], null for dense attention; anchors [Hkv, num_k_blocks, r], null with key_anchors 0.
+// Workspace: found [gridDim.x][ROWS][HEAD_DIM], statistics [gridDim.x][ROWS], arrived [groups], which is 0 before and after.
+extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM <= 128 ? 2 : 1) decode_attention(
+    const uint16_t* __restrict__ queries, const uint16_t* __restrict__ keys, const uint16_t* __restrict__ values, uint16_t* output, float* lse,
+    int64_t q_head_stride, int64_t q_row_stride, int64_t k_head_stride, int64_t k_row_stride, int64_t v_head_stride, int64_t v_row_stride,
+    const Shape given, const int* __restrict__ position, const uint32_t* __restrict__ words, const int* __restrict__ anchors, int list_room,
+    float* found, float2* statistics, int* arrived)
+{
+  DYNAMIC_SHARED(shared);
+  float* outputs = (float*)shared;
+  const int rows_total = given.num_q_heads / given.num_kv_heads * given.q_len, groups = given.num_kv_heads * ceil_div(rows_total, ROWS);
+  float2* warp_statistics = (float2*)(outputs + max(WARPS * ROWS * HEAD_DIM, ROWS * (int)gridDim.x));
+  char* row_pieces = (char*)(warp_statistics + WARPS * ROWS);
+  const uint32_t q_rows = shared_address(row_pieces);
+  int2* list = (int2*)(row_pieces + ROW_TILES * ROWS_BYTES);
+  int* tiles_of_group = (int*)(list + list_room);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+
+  Shape shape = given;
+  if (position) {
+    shape.q_offset = *position;
+    shape.k_len = shape.q_offset + shape.q_len;
+  }
+  const int visible_keys = shape.causal ? shape.q_offset + shape.q_len : shape.k_len, visible = ceil_div(visible_keys, shape.block_size);
+  const int tiles_per_block = shape.block_size / TILE, anchor_tiles = words ? ceil_div(visible * shape.key_anchors, TILE) : 0;
+  for (int i = warp; i < groups; i += WARPS) {
+    int blocks = 0;
+    if (words) {
+      const Group group(shape, i);
+      for (int w = lane; 32 * w < visible; w += 32) blocks += __popc(word_of_group(words, shape, group, w, visible));
+      blocks = __reduce_add_sync(0xffffffffu, blocks);
+    }
+    if (lane == 0) tiles_of_group[i] = words ? blocks * tiles_per_block + anchor_tiles : ceil_div(visible_keys, TILE);
+  }
+  __syncthreads();
+  const Share share = deal(tiles_of_group, groups);
+  if (share.group < 0) return;
+  const Group group(shape, share.group);
+  const Part selected(tiles_of_group[share.group] - anchor_tiles, share);
+  if (words && warp == 0 && selected.start < selected.stop)
+    list_blocks(list, selected.start / tiles_per_block, (selected.stop - 1) / tiles_per_block, words, shape, group, visible);
+
+  for (int e = warp; e < ROW_TILES * KEY_PIECES; e += WARPS) {
+    const int n = e / KEY_PIECES, column = e % KEY_PIECES * 32 + 8 * t, row = 8 * n + g;
+    const uint16_t* from = queries + group.head(shape, row) * q_head_stride + group.query(shape, row) * q_row_stride;
+    const int4 piece = row < group.count && column < HEAD_DIM ? load_once(from + column) : make_int4(0, 0, 0, 0);
+    store_shared(piece_of_rows(q_rows + n * ROWS_BYTES, e % KEY_PIECES), piece);
+  }
+  Rows rows;
+  float o[ROW_TILES][VALUE_PIECES][4][4];
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = 8 * n + 2 * t + e;
+      rows.last[n][e] = row < group.count ? last_visible_key(shape, group.query(shape, row)) : -1;
+      rows.max[n][e] = -INFINITY_F;
+      rows.sum[n][e] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUE_PIECES; ++i)
+#pragma unroll
+      for (int w = 0; w < 4; ++w) o[n][i][w][0] = o[n][i][w][1] = o[n][i][w][2] = o[n][i][w][3] = 0.f;
+  }
+  __syncthreads();
+
+  const int* anchors_here = anchors + (int64_t)group.kv_head * shape.num_k_blocks * shape.key_anchors;
+  const KeyWalk tiles = {shape, group, words, anchors_here, list, selected, Part(anchor_tiles, share), visible_keys, visible};
+  const Cache k_cache = {keys + group.kv_head * k_head_stride, k_row_stride}, v_cache = {values + group.kv_head * v_head_stride, v_row_stride};
+  const int count = tiles.count();
+  KeyTile k;
+  ValueTile v;
+  Key next = {-1, 0};
+  if (warp < count) {
+    next = tiles.at(warp);
+    load_keys(k, k_cache, next);
+    load_values(v, v_cache, next);
+  }
+  for (int i = warp; i < count; i += WARPS) {
+    const Key key = next;
+    const bool more = i + WARPS < count;
+    float z[ROW_TILES][4], shrink[ROW_TILES][2];
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n) k.multiply(z[n], q_rows + n * ROWS_BYTES, [](float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(d, a, b0, b1); });
+    if (more) {
+      next = tiles.at(i + WARPS);
+      load_keys(k, k_cache, next);
+    }
+    soften(z, shrink, rows, key, shape.scale_log2);
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+      for (int j = 0; j < VALUE_PIECES; ++j)
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[n][j][w][e] *= shrink[n][e & 1];
+      const uint32_t weights[2] = {transpose_pairs(pack(z[n][0], z[n][1])), transpose_pairs(pack(z[n][2], z[n][3]))};
+      v.accumulate(o[n], weights);
+    }
+    if (more) load_values(v, v_cache, next);
+  }
+
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = 8 * n + 2 * t + e;
+      const float sum = sum_over_keys(rows.sum[n][e]);
+      if (g == 0) warp_statistics[warp * ROWS + row] = make_float2(rows.max[n][e], sum);
+#pragma unroll
+      for (int i = 0; i < VALUE_PIECES; ++i)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const int dim = 64 * i + 8 * g + 2 * w;
+          if (dim < HEAD_DIM) *(float2*)(outputs + (warp * ROWS + row) * HEAD_DIM + dim) = make_float2(o[n][i][w][e], o[n][i][w][2 + e]);
+        }
+    }
+  __syncthreads();
+  merge_warps(found + (int64_t)blockIdx.x * ROWS * HEAD_DIM, statistics + blockIdx.x * ROWS, outputs, warp_statistics, group.count);
+
+  // The last of the group's thread blocks merges them all.
+  __threadfence();
+  __syncthreads();
+  int* is_last = (int*)warp_statistics;
+  if (threadIdx.x == 0) *is_last = atomicAdd(arrived + share.group, 1) == share.count - 1;
+  __syncthreads();
+  if (!*is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) arrived[share.group] = 0;
+  found += (int64_t)share.first * ROWS * HEAD_DIM;
+  statistics += share.first * ROWS;
+  float* weights = outputs;
+  for (int row = warp; row < group.count; row += WARPS) {
+    const int head = group.head(shape, row), query = group.query(shape, row);
+    float* mine = weights + row * gridDim.x;
+    const float log_sum = weigh(mine, statistics, row, share.count);
+    if (lse && lane == 0) lse[head * shape.q_len + query] = log_sum;
+  }
+  __syncthreads();
+  for (int row = warp; row < group.count; row += WARPS) {
+    const int head = group.head(shape, row), query = group.query(shape, row);
+    uint16_t* out = output + ((int64_t)head * shape.q_len + query) * HEAD_DIM;
+    float broken = 0.f;
+    for (int dim = 2 * lane; dim < HEAD_DIM; dim += 64) {
+      float x = 0.f, y = 0.f;
+#pragma unroll 8
+      for (int i = 0; i < share.count; ++i) {
+        const float2 both = *(const float2*)(found + ((int64_t)i * ROWS + row) * HEAD_DIM + dim);
+        x += weights[row * gridDim.x + i] * both.x;
+        y += weights[row * gridDim.x + i] * both.y;
+      }
+      *(uint32_t*)(out + dim) = pack(x, y);
+      broken += (x + y) * 0.f;
+    }
+    if (__any_sync(0xffffffffu, broken != 0.f))
+      attend_one_row(queries + head * q_head_stride + query * q_row_stride, k_cache.data, v_cache.data, out, k_row_stride, v_row_stride, shape,
+                     words, anchors, head, query);
+  }
+}
