@@ -199,7 +199,9 @@ def _module(capability: str) -> types.ModuleType:
     module.RawModule = RawModule  # type: ignore[attr-defined]
     module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
-    runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34, 1 << 34))
+    runtime = types.SimpleNamespace(
+        CUDARuntimeError=RuntimeError, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34, 1 << 34)
+    )
     cublas = types.SimpleNamespace(gemmEx=gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1)
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
     devices = types.SimpleNamespace(get_cublas_handle=lambda: 0)

@@ -1,0 +1,104 @@
+"""A tiny model through the whole CuPy backend, run on the CPU by the emulator: prefill in chunks, decode, and what is refused."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from tests.emulator import cupy_on_cpu
+from tests.llama_checkpoints import load_case, write_checkpoint
+from unisparse_np import CheckpointError, InvalidInput, UniSparseConfig
+from unisparse_np.attention import load_backend
+from unisparse_np.model.config import ModelConfig
+from unisparse_np.model.llama import Llama
+from unisparse_np.model.weights import load_weights
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
+
+CASE = load_case("qwen3_bias_head_dim_transformers5")  # biases, norms of q and k, a head_dim of its own
+CONFIG = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
+TOKENS = 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path, CASE.config, CASE.tensors)
+
+
+@pytest.fixture
+def engine():
+    cupy_on_cpu.Kernel.seed = 0
+    with cupy_on_cpu.installed("80") as backend:
+        yield backend
+    cupy_on_cpu.MemoryPool.limit = 0
+
+
+def open_model(folder, backend, dtype="float32", **options):
+    config = ModelConfig.from_folder(folder)
+    return Llama(config, load_weights(folder, config, backend.layers, dtype), backend, len(CASE.token_ids), **options)
+
+
+def relative_error(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("attention", ["dense", CONFIG], ids=["dense", "unisparse"])
+def test_float32_logits_are_those_of_the_reference(attention, folder, engine):
+    ids = CASE.token_ids.tolist()[:TOKENS]
+    found, densities = [], []
+    for backend in (load_backend("reference"), engine):
+        model = open_model(folder, backend)
+        cache = model.new_cache(TOKENS + 2, attention)
+        logits = [model.prefill(ids, cache, attention, chunk_size=32), model.step(3, cache, attention), model.step(7, cache, "dense")]
+        assert all(isinstance(row, np.ndarray) and row.dtype == np.float32 for row in logits)
+        found.append(np.stack(logits))
+        densities.append(model.layer_densities(cache))
+    assert relative_error(found[1], found[0]) < 1e-4
+    assert densities[1] == pytest.approx(densities[0])
+
+
+def test_bfloat16_weights_and_activations(folder, engine):
+    ids = CASE.token_ids.tolist()[:TOKENS]
+    expected = open_model(folder, load_backend("reference"), "bfloat16").logits(ids)
+    assert relative_error(open_model(folder, engine, "bfloat16").logits(ids), expected) < 0.03
+
+
+def test_a_prompt_that_does_not_fit_the_gpu_is_refused_with_what_would(folder, engine):
+    model = open_model(folder, engine)
+    cupy_on_cpu.MemoryPool.limit = 100 << 20
+    with pytest.raises(InvalidInput, match=r"40 tokens need 0.3 GiB beside the weights, and the GPU has 0.1 GiB free: 0 tokens would fit"):
+        model.new_cache(TOKENS)
+
+
+def test_a_checkpoint_larger_than_the_gpu_is_refused_before_it_is_read(folder, engine, monkeypatch):
+    from unisparse_np.model import weights
+
+    monkeypatch.setattr(weights, "_read", None)
+    cupy_on_cpu.MemoryPool.limit = 1000
+    with pytest.raises(CheckpointError, match=r"the checkpoint needs .* GiB as float32, and the GPU has 0.0 GiB free"):
+        open_model(folder, engine)
+
+
+def test_memory_that_runs_out_on_the_way_is_one_sentence(folder, engine, monkeypatch):
+    model = open_model(folder, engine)
+    cache = model.new_cache(20)
+    released = []
+    monkeypatch.setattr(engine.layers.memory, "release", lambda: released.append(True))
+
+    def no_memory(*_):
+        raise MemoryError("Out of memory allocating 12 bytes")
+
+    monkeypatch.setattr(engine.layers, "swiglu", no_memory)
+    with pytest.raises(InvalidInput, match=r"memory ran out while 20 tokens were read at once \(Out of memory allocating 12 bytes\)"):
+        model.prefill([1] * 20, cache, "dense")
+    assert released
+
+
+def test_not_finite_numbers_are_found_where_they_first_appear(folder, engine):
+    model = open_model(folder, engine, check_finite=True)
+    cache = model.new_cache(20)
+    model.prefill([1] * 10, cache, "dense")
+    model.weights.layers[1].down[3, 5] = np.inf
+    with pytest.raises(CheckpointError, match="first appear after the MLP of layer 1, at token 10 of the text"):
+        model.step(1, cache, "dense")
