@@ -97,7 +97,7 @@ def _pool(x: Any, width: int, members: int) -> Any:
     heads, length, dim = x.shape
     composites = ceil_div(length, width)
     pooled = cupy.empty((heads // members, composites, dim), np.float32)
-    function = kernel("plain_compress.cu", "pool_plain", 0, HEAD_DIM=dim, BLOCK_SIZE=1, **_type_of(x))
+    function = kernel("plain_compress.cu", "pool_plain", 0, HEAD_DIM=dim, **_type_of(x))
     numbers = (np.int32(n) for n in (length, width, members, composites))
     grid = ceil_div(composites, POOL_WARPS), heads // members
     function(grid, (32 * POOL_WARPS,), (x, *element_strides(x), *numbers, pooled))
@@ -108,8 +108,8 @@ def _find_anchors(k: Any, block_size: int, key_anchors: int) -> Any:
     heads, length, dim = k.shape
     anchors = cupy.empty((heads, ceil_div(length, block_size), key_anchors), np.int32)
     shared = 4 * block_size
-    function = kernel("plain_compress.cu", "find_anchors_plain", shared, HEAD_DIM=dim, BLOCK_SIZE=block_size, **_type_of(k))
-    arguments = (k, *element_strides(k), np.int32(length), np.int32(key_anchors), anchors)
+    function = kernel("plain_compress.cu", "find_anchors_plain", shared, HEAD_DIM=dim, **_type_of(k))
+    arguments = (k, *element_strides(k), *(np.int32(n) for n in (length, block_size, key_anchors)), anchors)
     function((anchors.shape[1], heads), (32 * POOL_WARPS,), arguments, shared_mem=shared)
     return anchors
 

@@ -5,8 +5,9 @@
 //
 // Sums are float32, in an order that depends on the composite (or key) alone: the same to the bit whatever it was cut with.
 //
-// Shared memory: find_anchors_plain keeps the squared norms of its block [BLOCK_SIZE].
+// Shared memory: find_anchors_plain keeps the squared norms of its block [block_size].
 #include "plain.cuh"
+#define BLOCK_SIZE 4096  // the largest there may be, which is what pick_anchors takes for "none"
 #include "pool.cuh"
 
 #define POOL_WARPS 4
@@ -31,13 +32,13 @@ extern "C" __global__ void pool_plain(const Element* __restrict__ x, int64_t hea
 }
 
 // Grid: (Nk, Hkv). k: heads of rows of HEAD_DIM elements -> anchors [Hkv, Nk, r], positions in ascending norm, -1 where there are none left.
-extern "C" __global__ void find_anchors_plain(const Element* __restrict__ k, int64_t head_stride, int64_t row_stride, int length, int key_anchors,
-                                              int* __restrict__ anchors)
+extern "C" __global__ void find_anchors_plain(const Element* __restrict__ k, int64_t head_stride, int64_t row_stride, int length, int block_size,
+                                              int key_anchors, int* __restrict__ anchors)
 {
   DYNAMIC_SHARED(shared);
   float* norms = (float*)shared;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int first = blockIdx.x * BLOCK_SIZE, count = min(BLOCK_SIZE, length - first);
+  const int first = blockIdx.x * block_size, count = min(block_size, length - first);
   for (int r = warp; r < count; r += POOL_WARPS) {
     const Element* row = k + blockIdx.y * head_stride + (first + r) * row_stride;
     float norm = 0.f;
