@@ -208,9 +208,9 @@ def together(everyone: Single | Mpi, work: Callable[[], Result]) -> Result:
         return result  # type: ignore[return-value]
     rank, kind, text, host = failed[0]
     same = len({what[2] for what in failed}) == 1 and len(failed) == everyone.size
-    error = kind(text if same else f"rank {rank} on {host}: {text}")
-    error.on_all_ranks = True
-    raise error from failure
+    shared = kind(text if same else f"rank {rank} on {host}: {text}")
+    shared.on_all_ranks = True
+    raise shared from failure
 
 
 def _in_place() -> Any:

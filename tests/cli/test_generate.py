@@ -17,6 +17,7 @@ from unisparse_np import BackendUnavailable, CheckpointError, InvalidInput, UniS
 from unisparse_np.cli import main
 from unisparse_np.model.generate import Piece
 from unisparse_np.model.statistics import Statistics
+from unisparse_np.parallel import ONE_PROCESS
 
 NEEDLE_LLAMA = Path(__file__).parents[2] / "examples" / "needle-llama"
 PROMPTS = NEEDLE_LLAMA / "prompts"
@@ -80,12 +81,15 @@ def test_every_flag_arrives(calls: list) -> None:
     flags = (
         "--text hello -n 1K --system be-brief --temp 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --repetition-penalty 1.1 --seed 7 "
         "--stop END --stop . --raw "
-        "--attn-top-p 0.8 --decode-attention unisparse --backend reference --dtype float32 --chunk-size 2K --max-context 16K"
+        "--attn-top-p 0.8 --decode-attention unisparse --backend reference --dtype float32 --chunk-size 2K --max-context 16K --check-finite"
     )
     assert run(*flags.split()).exit_code == 0
     loaded, asked = calls
-    assert loaded == {"path": str(NEEDLE_LLAMA), "backend": "reference", "dtype": "float32", "max_context": 16384}
-    assert callable(asked.pop("progress"))
+    assert callable(loaded.pop("progress")) and loaded.pop("ranks") is ONE_PROCESS
+    assert loaded == {
+        "path": str(NEEDLE_LLAMA), "backend": "reference", "dtype": "float32", "max_context": 16384, "check_finite": True
+    }  # fmt: skip
+    assert asked.pop("progress") is None  # nobody sees a bar here
     assert asked == {
         "prompt": "hello", "attention": UniSparseConfig(top_p=0.8), "decode_attention": UniSparseConfig(top_p=0.8), "max_tokens": 1024,
         "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 7, "stop": ("END", "."),

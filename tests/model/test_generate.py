@@ -20,6 +20,7 @@ from unisparse_np.model.loading import load
 from unisparse_np.model.statistics import peak_memory_bytes
 from unisparse_np.model.stop_strings import StopStrings
 from unisparse_np.model.tokenizer import Tokenizer
+from unisparse_np.parallel import ONE_PROCESS
 
 VOCAB = 300
 EXAMPLE = Path(__file__).parents[2] / "examples" / "needle-llama"
@@ -31,6 +32,7 @@ class ScriptedModel:
     max_context = 1000
     config = SimpleNamespace(vocab_size=VOCAB)
     backend = SimpleNamespace(layers=SimpleNamespace(memory=None))  # without a sampler of its own
+    ranks = ONE_PROCESS
 
     def __init__(self, script):
         self.script = iter(script)

@@ -63,18 +63,23 @@ def test_the_work_is_balanced_under_causality():
 
 @pytest.mark.parametrize(("tokens", "size"), [(1000, 2), (1000, 3), (1024, 4), (113, 3)])
 def test_rows_come_together_in_order(tokens, size):
-    x = np.random.default_rng(tokens).standard_normal((2, tokens, 8))
+    rng = np.random.default_rng(tokens)
+    k, v = rng.standard_normal((2, 2, tokens, 8))
+    token_ids = list(range(tokens))
 
     def work(ranks):
         split = ContextSplit.of(tokens, 16, ranks)
-        mine = np.concatenate(split.own(x, axis=1), axis=1)
-        assert [place.stop - place.start for place, _ in split.rows()] == [stop - start for start, stop in split.runs]
-        out = np.empty_like(x)
-        split.gather(np, mine, out)
-        return out
+        own = split.own_tokens(token_ids)
+        assert [split.token_of(row) for row in range(len(own))] == own
+        k_out, v_out = np.empty_like(k), np.empty_like(v)
+        split.gather(np, (k[:, own], k_out), (v[:, own], v_out))
+        return k_out, v_out, split.whole(np, k[0][own]), split.last(k[0][own])
 
-    for out in on_ranks(size, work):
-        np.testing.assert_array_equal(out, x)
+    for k_out, v_out, whole, last in on_ranks(size, work):
+        np.testing.assert_array_equal(k_out, k)
+        np.testing.assert_array_equal(v_out, v)
+        np.testing.assert_array_equal(whole, k[0])
+        np.testing.assert_array_equal(last, k[0][-1:])
 
 
 CONFIGS = {
@@ -105,4 +110,7 @@ def test_masks_are_those_of_one_process_bit_by_bit(config, before, tokens):
 
 def test_one_rank_computes_all():
     split = ContextSplit.of(100, 16, Single())
+    x = np.arange(100.0)[:, None]
     assert not split.shared and split.runs == ((0, 100),) and split.rows() == [(slice(0, 100), (0, 100))]
+    assert split.own_tokens(range(100)) == range(100) and split.token_of(7) == 7
+    assert split.whole(np, x) is x and split.last(x).tolist() == [[99.0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import Any
 
@@ -10,13 +11,29 @@ import click
 
 from ..errors import InvalidInput, UniSparseError
 from ..version import __version__
+from .ranks import end_all_ranks, hush_other_ranks, refuse_several
 
 COMMANDS = ("generate", "convert", "audit", "explain", "inspect", "eval", "tune", "bench", "env")  # in the order a newcomer meets them
+ON_SEVERAL_PROCESSES = ("generate", "env")
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 class CommandGroup(click.Group):
     """Imports a command's file only when that command runs, and turns the project's errors into exit codes."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            hush_other_ranks()
+        except UniSparseError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(FAILURE)
+        return super().main(*args, **options)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name not in ON_SEVERAL_PROCESSES:
+            refuse_several(str(name))
+        return name, command, rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -33,11 +50,19 @@ class CommandGroup(click.Group):
                 warnings.simplefilter("always", UserWarning)
                 warnings.showwarning = _show_note  # put back by catch_warnings
                 return super().invoke(ctx)
-        except UniSparseError as error:  # anything else is a bug and keeps its traceback
+        except (click.exceptions.Exit, click.ClickException):
+            raise
+        except UniSparseError as error:
+            code = USAGE if isinstance(error, InvalidInput) else FAILURE
+            end_all_ranks(error, code)
             click.echo(f"Error: {error}", err=True)
-            raise click.exceptions.Exit(USAGE if isinstance(error, InvalidInput) else FAILURE) from error
-        except KeyboardInterrupt:
+            raise click.exceptions.Exit(code) from error
+        except KeyboardInterrupt as interrupt:
+            end_all_ranks(interrupt, INTERRUPTED)
             raise click.exceptions.Exit(INTERRUPTED) from None
+        except BaseException as error:  # a bug, which keeps its traceback, or a closed pipe
+            end_all_ranks(error, FAILURE)
+            raise
 
 
 def _show_note(

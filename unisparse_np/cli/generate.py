@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..attention import load_model_backend
+from ..parallel import arrange, check_grid, together, world
 from .backend import choose_backend
 from .options import (
+    Attention,
     SectionedCommand,
     Size,
     attention_options,
+    check_finite_option,
     flag,
     in_section,
     note_config_file,
@@ -24,11 +28,13 @@ from .options import (
     run_options,
     use_device,
 )
-from .progress import PrefillBar
+from .progress import CountBar, PrefillBar
 from .prompt import read_prompt
+from .ranks import rank_options, refuse_uneven
 
 if TYPE_CHECKING:
     from ..model.generate import Piece
+    from ..model.llama import Attention
     from ..model.statistics import Statistics
 
 _text_options = in_section(
@@ -59,11 +65,13 @@ _sampling_options = in_section(
 @_sampling_options
 @attention_options
 @run_options
+@check_finite_option
+@rank_options
 @output_options
 def generate(
     model_dir: str, prompt: str | None, text: str | None, attention: str, decode_attention: str, attention_flags: dict[str, Any],
-    backend: str, dtype: str, max_context: int | None, device: int | None, sampling_top_p: float, as_json: bool, quiet: bool,
-    **others: Any,
+    backend: str, dtype: str, max_context: int | None, device: int | None, check_finite: bool, tensor_parallel: int | None,
+    context_parallel: int, sampling_top_p: float, as_json: bool, quiet: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Read a prompt with sparse attention and write the model's answer.
 
@@ -74,26 +82,44 @@ def generate(
     unisparse-np generate -m examples/needle-llama -p examples/needle-llama/prompts/needle-8k.txt
     unisparse-np generate -m models/smollm2 --text "What is the capital of France?"
     """
-    prompt_text = read_prompt(prompt, text)
-    prefill_attention, later_attention = resolve_attention(model_dir, attention, decode_attention, attention_flags)
-    use_device(device, backend)
-    backend = choose_backend(backend, quiet)
+    everyone = world()
+
+    def check() -> tuple[str, Attention, Attention, Any]:
+        check_grid(everyone.size, tensor_parallel, context_parallel)
+        prompt_text = read_prompt(prompt, text) if everyone.rank == 0 else ""
+        prefill, later = resolve_attention(model_dir, attention, decode_attention, attention_flags)
+        use_device(device, backend)
+        engine = load_model_backend(choose_backend(backend, quiet))
+        refuse_uneven(model_dir, everyone.size // context_parallel, prefill, later)
+        return prompt_text, prefill, later, engine
+
+    prompt_text, prefill_attention, later_attention, engine = together(everyone, check)
+    prompt_text = everyone.broadcast(prompt_text)
     if not quiet and (prefill_attention, later_attention) != ("dense", "dense"):
         note_config_file(model_dir, attention_flags)
     from ..model.generate import stream_generate  # late, so that help and usage errors come at once
     from ..model.loading import load
 
     started = time.perf_counter()
-    model, tokenizer = load(model_dir, backend=backend, dtype=dtype, max_context=max_context)
+    ranks = arrange(everyone, context_parallel, engine)
+    with CountBar("Loading MiB", quiet) as loading:
+        model, tokenizer = together(
+            everyone,
+            lambda: load(
+                model_dir, backend=engine.name, dtype=dtype, max_context=max_context, check_finite=check_finite, ranks=ranks,
+                progress=lambda done, total: loading(done >> 20, total >> 20),
+            ),
+        )  # fmt: skip
     load_seconds = time.perf_counter() - started
     with PrefillBar(quiet) as bar:
-        answer = Answer(
-            stream_generate(
+        pieces = together(
+            everyone,
+            lambda: stream_generate(
                 model, tokenizer, prompt_text, attention=prefill_attention, decode_attention=later_attention, top_p=sampling_top_p,
-                progress=bar, **others,
+                progress=bar.if_shown(), **others,
             ),
-            bar,
         )  # fmt: skip
+        answer = Answer(pieces, bar)
         try:
             answer.stream(show=not as_json)
         except KeyboardInterrupt:  # keep what there is; the group exits with 130
@@ -146,7 +172,8 @@ def closing_lines(s: Statistics, load_seconds: float) -> str:
             f"first token after {s.time_to_first_token:.2f} s",
             f"answer    {s.generated_tokens:,} tokens in {s.decode_seconds:.2f} s ({s.decode_tokens_per_second:,.1f} tokens/s)",
             f"density   mean {s.density_mean:.3f}, lowest layer {s.density_lowest:.3f}, highest {s.density_highest:.3f} (dense is 1)",
-            f"memory    {s.peak_memory_bytes / 2**20:,.0f} MiB at the peak",
-            f"load      {load_seconds:.2f} s",
+            f"memory    {s.peak_memory_bytes / 2**20:,.0f} MiB at the peak"
+            + ("" if s.device_peak_memory_bytes is None else f", {s.device_peak_memory_bytes / 2**20:,.0f} MiB on the GPU"),
+            f"load      {load_seconds:.2f} s" + ("" if s.compile_seconds is None else f"; kernels made ready in {s.compile_seconds:.2f} s"),
         )
     )

@@ -7,6 +7,7 @@ its attention call sees all keys of the chunk, so its block decisions are those 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,9 +45,13 @@ class ContextSplit:
         """Whether each rank has rows of its own; otherwise every rank computes all of them."""
         return len(self.runs) > 1
 
-    def own(self, x: Any, axis: int = 0) -> Any:
-        """This rank's rows of something that every rank has whole, such as token ids: a list of one part a run."""
-        return [x[(slice(None),) * axis + (slice(*run),)] for run in self.runs]
+    def own_tokens(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """This rank's of the chunk's token ids."""
+        return [token_id for start, stop in self.runs for token_id in token_ids[start:stop]] if self.shared else token_ids
+
+    def token_of(self, row: int) -> int:
+        """Which of the chunk's tokens a row of this rank's arrays is."""
+        return next(start + row - rows.start for rows, (start, _) in self.rows() if row < rows.stop)
 
     def rows(self) -> list[tuple[slice, tuple[int, int]]]:
         """For each own run: where its rows are in this rank's arrays, and which of the chunk's tokens they are."""
@@ -57,18 +62,32 @@ class ContextSplit:
             start = stop
         return places
 
-    def gather(self, xp: Any, mine: Any, out: Any) -> None:
-        """Bring all ranks' rows together: mine [H, own rows, d] -> out [H, tokens, d], written."""
-        heads, _, width = mine.shape
+    def gather(self, xp: Any, *pairs: tuple[Any, Any]) -> None:
+        """Bring all ranks' rows together, in one exchange: for each pair, mine [H, own rows, d] -> out [H, tokens, d], written."""
+        heads, _, width = pairs[0][0].shape
         longest = max(stop - start for start, stop in pairwise(self.edges))
-        padded = xp.zeros((2, heads, longest, width), dtype=mine.dtype)  # runs are of different lengths
-        for n, (place, (start, stop)) in enumerate(self.rows()):
-            padded[n, :, : stop - start] = mine[:, place]
-        gathered = self.ranks.all_gather(padded)  # [N, 2, H, longest, d]
+        padded = xp.zeros((len(pairs), 2, heads, longest, width), dtype=pairs[0][0].dtype)  # runs are of different lengths
+        for n, (mine, _) in enumerate(pairs):
+            for half, (rows, (start, stop)) in enumerate(self.rows()):
+                padded[n, half, :, : stop - start] = mine[:, rows]
+        gathered = self.ranks.all_gather(padded)  # [ranks, pairs, 2, H, longest, d]
         for rank in range(self.ranks.size):
-            for n, run in enumerate(_runs_of(rank, 2 * self.ranks.size)):
+            for half, run in enumerate(_runs_of(rank, 2 * self.ranks.size)):
                 start, stop = self.edges[run], self.edges[run + 1]
-                out[:, start:stop] = gathered[rank, n, :, : stop - start]
+                for n, (_, out) in enumerate(pairs):
+                    out[:, start:stop] = gathered[rank, n, half, :, : stop - start]
+
+    def whole(self, xp: Any, x: Any) -> Any:
+        """This rank's rows x [own rows, n] -> those of the whole chunk [tokens, n]."""
+        if not self.shared:
+            return x
+        out = xp.empty((self.tokens, x.shape[1]), dtype=x.dtype)
+        self.gather(xp, (x[None], out[None]))
+        return out
+
+    def last(self, x: Any) -> Any:
+        """x [own rows, n] -> a copy [1, n] of the chunk's last row, which is rank 0's."""
+        return self.ranks.all_gather(x[-1:])[0] if self.shared else x[-1:].copy()
 
 
 def _runs_of(rank: int, count: int) -> tuple[int, int]:

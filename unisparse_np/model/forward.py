@@ -7,9 +7,13 @@ from typing import Any
 
 from ..attention import AttentionConfig, attend
 from ..errors import CheckpointError
+from ..parallel import ONE_PROCESS, Ranks
 from ..trace import Trace
 from .config import ModelConfig
+from .context_split import ContextSplit
 from .kv_cache import KVCache
+from .memory_plan import whole_blocks
+from .sharding import join_vocabulary
 from .weights import LayerWeights, Weights
 
 Observer = Callable[[int, Any, Any, Any, Any, Trace], None]  # layer, q [Hq, T, d], k and v [Hkv, Lk, d], out [Hq, T, d], trace
@@ -21,12 +25,17 @@ class ForwardPass:
     What is computed in which precision is the backend's: x, the residual stream, may be wider than what is multiplied.
     Each half layer is a function of its own, so that its arrays are free again when it returns.
 
+    On several ranks each holds a part of the model (sharding.py) or computes a part of the chunk's rows (context_split.py). They
+    exchange the products after attention and MLP, which are summands, a layer's keys and values, and the logits.
+
     Args:
         check_finite: look after every half layer for NaN and infinity, and name the first place; False costs nothing.
+        ranks: who computes with this process; config and weights are those of its own part.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Any, check_finite: bool = False) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Any, check_finite: bool = False, ranks: Ranks = ONE_PROCESS) -> None:
         self.config, self.weights, self.backend, self.check_finite = config, weights, backend, check_finite
+        self._tensor, self._context = ranks.tensor, ranks.context
         self.dtype = backend.layers.compute_dtype(weights.embedding.dtype)  # of products, q, k, v and the cache
         self._layers = backend.layers
         self._keep_pace = backend.layers.new_pacer()
@@ -38,46 +47,86 @@ class ForwardPass:
 
         count: whether the layers' densities take this call in.
         """
+        split, x = self._own_rows(token_ids, cache, configs, count, observer)
+        return split.whole(self._layers.xp, x)
+
+    def last_hidden(
+        self, token_ids: Sequence[int], cache: KVCache, configs: Sequence[AttentionConfig], *, count: bool, observer: Observer | None = None
+    ) -> Any:
+        """The same for the last position alone: [1, hidden], a copy."""
+        split, x = self._own_rows(token_ids, cache, configs, count, observer)
+        return split.last(x)
+
+    def _own_rows(
+        self, token_ids: Sequence[int], cache: KVCache, configs: Sequence[AttentionConfig], count: bool, observer: Observer | None
+    ) -> tuple[ContextSplit, Any]:
+        """The rows of x that this rank computes; in one process all of them."""
         layers = self._layers
-        x = layers.embedding(self.weights.embedding, token_ids, self.dtype)  # [T, hidden]
-        rotation = layers.rotary_table(cache.inv_freq, cache.length, len(token_ids), cache.rotary_factor, self.dtype)
-        self._check(x, cache, "the embedding")
+        split = ContextSplit.of(len(token_ids), whole_blocks(configs), self._context)
+        x = layers.embedding(self.weights.embedding, split.own_tokens(token_ids), self.dtype)  # [own rows, hidden]
+        rotations = [
+            layers.rotary_table(cache.inv_freq, cache.length + start, stop - start, cache.rotary_factor, self.dtype)
+            for start, stop in split.runs
+        ]
+        self._check(x, split, cache, "the embedding")
         for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
-            attended = self._attention(index, weights, x, rotation, cache, config, count, observer)
-            layers.add_linear(x, attended, weights.output, weights.output_bias)
+            attended = self._attention(index, weights, x, rotations, split, cache, config, count, observer)
+            self._add_product(x, attended, weights.output, weights.output_bias)
             del attended
-            self._check(x, cache, f"the attention of layer {index}")
-            layers.add_linear(x, self._gated(weights, x), weights.down, weights.down_bias)
-            self._check(x, cache, f"the MLP of layer {index}")
+            self._check(x, split, cache, f"the attention of layer {index}")
+            self._add_product(x, self._gated(weights, x), weights.down, weights.down_bias)
+            self._check(x, split, cache, f"the MLP of layer {index}")
             self._keep_pace()
         cache.advance(len(token_ids))
-        return x
+        return split, x
 
     def head(self, x: Any) -> Any:
         """x [T, hidden] -> logits [T, vocab], float32 (float64 in a float64 model), the backend's."""
         normed = self._layers.rms_norm(x, self.weights.norm, self.config.rms_norm_eps, self.dtype)
-        return self._layers.head(normed, self.weights.head)
+        logits = self._layers.head(normed, self.weights.head)  # [T, own rows of the vocabulary]
+        return join_vocabulary(self._layers.xp, logits, self.config.vocab_size, self._tensor)
 
     def _attention(
-        self, index: int, weights: LayerWeights, x: Any, rotation: Any, cache: KVCache, config: AttentionConfig, count: bool,
-        observer: Observer | None,
+        self, index: int, weights: LayerWeights, x: Any, rotations: list[Any], split: ContextSplit, cache: KVCache,
+        config: AttentionConfig, count: bool, observer: Observer | None,
     ) -> Any:  # fmt: skip
-        """One layer's attention before its output product: x [T, hidden] -> [T, Hq d]."""
-        tokens, stop = len(x), cache.length + len(x)
+        """One layer's attention before its output product: x [own rows, hidden] -> [own rows, Hq d]."""
         running = cache.running_summary(index, config)
-        q, q_composites = self._layers.rotate_heads(
-            self._qkv(weights, x), rotation, self._norms(weights), *cache.room(index, tokens), config, running
-        )  # [Hq, T, d]
-        keys, values = cache.upto(index, stop)
+        queries = self._queries(weights, x, rotations, split, cache.room(index, split.tokens), config, running)
         summary = None if running is None else running.summary()
-        out, trace = attend(
-            q, keys, values, config, q_offset=cache.length, backend=self.backend, key_summary=summary, q_composites=q_composites
-        )  # [Hq, T, d]
-        if count:
-            cache.add_counts(index, trace)
-        if observer is not None:
-            observer(index, q, keys, values, out, trace)
-        return out.transpose(1, 0, 2).reshape(tokens, -1)
+        keys, values = cache.upto(index, cache.length + split.tokens)
+        results = []
+        for (start, stop), (q, q_composites) in zip(split.runs, queries, strict=True):
+            out, trace = attend(
+                q, keys, values, config, q_offset=cache.length + start, backend=self.backend, key_summary=summary, q_composites=q_composites
+            )  # [Hq, t, d]
+            if count and (split.shared or self._context.rank == 0):  # what all ranks compute alike counts once
+                cache.add_counts(index, trace)
+            if observer is not None:
+                observer(index, q, keys, values, out, trace)
+            results.append(out.transpose(1, 0, 2).reshape(stop - start, -1))
+        return results[0] if len(results) == 1 else self._layers.xp.concatenate(results)
+
+    def _queries(
+        self, weights: LayerWeights, x: Any, rotations: list[Any], split: ContextSplit, rooms: tuple[Any, Any], config: AttentionConfig,
+        running: Any,
+    ) -> list[tuple[Any, Any]]:  # fmt: skip
+        """Each own run's q [Hq, t, d] after rotary embedding, and its composites where the backend has pooled them.
+
+        rooms, places in the cache [Hkv, T, d], and the running summary hold the keys and values of the whole chunk then.
+        """
+        layers, qkv, norms = self._layers, self._qkv(weights, x), self._norms(weights)
+        if not split.shared:
+            return [layers.rotate_heads(qkv, rotations[0], norms, *rooms, config, running)]
+        own = [layers.xp.empty((len(room), len(x), room.shape[2]), dtype=room.dtype) for room in rooms]  # k, v [Hkv, own rows, d]
+        queries = [
+            layers.rotate_heads(qkv[rows], rotation, norms, *(part[:, rows] for part in own), config, None)
+            for (rows, _), rotation in zip(split.rows(), rotations, strict=True)
+        ]
+        split.gather(layers.xp, *zip(own, rooms, strict=True))
+        if running is not None:
+            running.extend(rooms[0])
+        return queries
 
     def _qkv(self, weights: LayerWeights, x: Any) -> Any:
         """x [T, hidden] -> [T, Hq + 2 Hkv, d], before rotary embedding."""
@@ -93,13 +142,21 @@ class ForwardPass:
         normed = self._layers.rms_norm(x, weights.post_attention_norm, self.config.rms_norm_eps, self.dtype)
         return self._layers.swiglu(self._layers.linear(normed, weights.gate_up, weights.gate_up_bias))
 
-    def _check(self, x: Any, cache: KVCache, place: str) -> None:
-        """With check_finite: raises CheckpointError when x [T, hidden] holds NaN or infinity after this place."""
+    def _add_product(self, x: Any, y: Any, weight: Any, bias: Any) -> None:
+        """x += y W^T + b, in place, of which each tensor-parallel rank has a summand."""
+        if self._tensor.size == 1:
+            self._layers.add_linear(x, y, weight, bias)
+        else:
+            self._layers.add(x, self._tensor.all_reduce(self._layers.linear(y, weight, bias)))
+
+    def _check(self, x: Any, split: ContextSplit, cache: KVCache, place: str) -> None:
+        """With check_finite: raises CheckpointError when x [own rows, hidden] holds NaN or infinity after this place."""
         if not self.check_finite:
             return
         rows = self._layers.to_host(self._layers.xp.isfinite(x).all(axis=1))  # [T]
         if not rows.all():
+            token = cache.length + split.token_of(int(rows.argmin()))
             raise CheckpointError(
-                f"NaN or infinite numbers first appear after {place}, at token {cache.length + int(rows.argmin())} of the text: the "
+                f"NaN or infinite numbers first appear after {place}, at token {token} of the text: the "
                 "weights there hold such values or the arithmetic overflowed, so check the checkpoint or load it with --dtype float32"
             )

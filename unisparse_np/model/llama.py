@@ -14,11 +14,13 @@ import numpy as np
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
+from ..parallel import ONE_PROCESS, Ranks
 from ..problem import ceil_div
 from .config import ModelConfig
 from .forward import ForwardPass, Observer
-from .kv_cache import KVCache
+from .kv_cache import KVCache, densities
 from .memory_plan import MemoryPlan, whole_blocks
+from .sharding import Shard, check_split, local_attention, local_config
 from .weights import Weights
 
 Attention = AttentionConfig | Sequence[AttentionConfig]
@@ -34,25 +36,30 @@ class Llama:
     `attention` is everywhere "dense", a UniSparseConfig, or a list of these, one a layer.
 
     Attributes:
-        config: the ModelConfig.
+        config: the ModelConfig; on several ranks that of this rank's part (sharding.local_config).
         backend: the loaded backend module.
         max_context: the most positions a sequence may have: max_position_embeddings, or what the caller set instead.
         forward: the ForwardPass.
+        ranks: who computes with this process. All of them make the same calls, and get the same logits.
 
     Args:
+        config: of the whole model. weights: of this rank's part.
         check_finite: look after every half layer for NaN and infinity, and name the first place; False costs nothing.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, backend: Any, max_context: int | None = None, *, check_finite: bool = False
-    ) -> None:
+        self, config: ModelConfig, weights: Weights, backend: Any, max_context: int | None = None, *, check_finite: bool = False,
+        ranks: Ranks = ONE_PROCESS,
+    ) -> None:  # fmt: skip
         if max_context is not None and max_context < 1:
             raise InvalidInput(f"max_context={max_context} leaves no room: give at least 1, or None for the model's own limit")
-        self.config, self.weights, self.backend = config, weights, backend
+        self._whole_config, self.ranks = config, ranks
+        self.config, self.weights, self.backend = local_config(config, ranks.tensor.size), weights, backend
         self.max_context = config.max_position_embeddings if max_context is None else max_context
-        self.forward = ForwardPass(config, weights, backend, check_finite)
+        self.forward = ForwardPass(self.config, weights, backend, check_finite, ranks)
         self._layers = backend.layers
-        self._new_decoder = getattr(backend, "new_decoder", None)  # of steps as one call, where the backend has that
+        # of steps as one call, where the backend has that for a whole model
+        self._new_decoder = getattr(backend, "new_decoder", None) if ranks.tensor.size == 1 else None
 
     # ---- what callers use ----
     def new_cache(self, capacity: int, attention: Attention = "dense", *, prompt_tokens: int | None = None) -> KVCache:
@@ -124,7 +131,7 @@ class Llama:
         last: Any = None  # hidden state of the last position
         for start, stop in self._chunks(len(token_ids), cache, configs, chunk_size):
             with self._giving_memory_back(stop - start):
-                last = self.forward.hidden(token_ids[start:stop], cache, configs, count=True, observer=observer)[-1:].copy()
+                last = self.forward.last_hidden(token_ids[start:stop], cache, configs, count=True, observer=observer)
             if progress is not None:
                 progress(stop, len(token_ids), sum(cache.densities()) / len(configs))
         return self.forward.head(last)[0]
@@ -188,8 +195,8 @@ class Llama:
         return (logits_of(*chunk) for chunk in chunks)
 
     def layer_densities(self, cache: KVCache) -> list[float]:
-        """The prefill's density, one ratio a layer; empty before the first prefill."""
-        return cache.densities()
+        """The prefill's density, one ratio a layer, over the heads and blocks of all ranks; empty before the first prefill."""
+        return densities(self.ranks.world.all_reduce(cache.counts()))
 
     # ---- before any work starts ----
     def _begin(self, cache: KVCache, tokens: int) -> None:
@@ -236,7 +243,10 @@ class Llama:
         for config in configs:
             if config != "dense" and not isinstance(config, UniSparseConfig):
                 raise InvalidInput(f"attention={config!r} is neither 'dense' nor a UniSparseConfig: give one of the two")
-        return configs
+        if self.ranks.tensor.size == 1:
+            return configs
+        check_split(self._whole_config, self.ranks.tensor.size, configs)
+        return [local_attention(config, Shard(self.ranks.tensor.rank, self.ranks.tensor.size)) for config in configs]
 
     def _plan(self, configs: list[AttentionConfig]) -> MemoryPlan | None:
         """What this attention will take of the device; None on a host, whose memory is not planned."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..errors import InvalidInput
+from ..parallel import Communicator
 from ..problem import ceil_div
 from .checkpoint import Slot, expected_tensors
 from .config import ModelConfig
@@ -122,6 +123,17 @@ def vocabulary_rows(vocab_size: int, shard: Shard) -> slice:
     """The tokens whose logits a rank computes: ceil(vocab / size) each, the last ones fewer or none."""
     each = ceil_div(vocab_size, shard.size)
     return slice(min(vocab_size, shard.rank * each), min(vocab_size, (shard.rank + 1) * each))
+
+
+def join_vocabulary(xp: Any, logits: Any, vocab_size: int, ranks: Communicator) -> Any:
+    """Each rank's logits [T, own rows of the vocabulary] -> [T, vocab] on every rank."""
+    if ranks.size == 1:
+        return logits
+    each = ceil_div(vocab_size, ranks.size)
+    padded = xp.zeros((len(logits), each), dtype=logits.dtype)
+    padded[:, : logits.shape[1]] = logits
+    gathered = ranks.all_gather(padded)  # [ranks, T, each]
+    return xp.ascontiguousarray(gathered.transpose(1, 0, 2).reshape(len(logits), -1)[:, :vocab_size])
 
 
 def _share(length: int, shard: Shard) -> slice:

@@ -59,6 +59,11 @@ def add_linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarra
     x += linear(y, weight, bias)
 
 
+def add(x: np.ndarray, y: np.ndarray) -> None:
+    """x += y, in place: what other ranks have added up."""
+    x += y
+
+
 def head(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Logits x W^T: x [T, hidden], weight [vocab, hidden] -> [T, vocab]."""
     return linear(x, weight)
