@@ -15,7 +15,6 @@ import numpy as np
 
 from ..attention import load_backend, score_blocks
 from ..config import UniSparseConfig
-from ..errors import InvalidInput
 from ..problem import Problem
 from .backend import choose_backend
 from .options import SectionedCommand, Size, config_from_flags, config_options, flag, in_section, output_options
@@ -78,8 +77,6 @@ def bench(
     engine = load_backend(name)
     if dtype == "auto":
         dtype = "bfloat16" if name == "cupy" else "float32"
-    elif name == "cupy" and dtype == "float32":
-        raise InvalidInput("--dtype float32: the cupy backend takes float16 and bfloat16; give one of them, or --backend reference")
     rows = []
     for problem in problems:
         rows.append(measure(problem, engine, DTYPES[dtype], repeats))
