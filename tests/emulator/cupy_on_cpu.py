@@ -79,9 +79,49 @@ class Kernel:
             f"{self.name}: wrapper gives {shared_mem} bytes of shared memory, the source needs {declared}"
         )
         values = [_argument(x) for x in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-        x, y = (*grid, 1)[:2]
-        built.launch(pointers, len(values), int(x), int(y), int(block[0]), ctypes.c_long(shared_mem), ctypes.c_uint(Kernel.seed))
+        if Stream.recording is not None:
+            Stream.recording.append((built, values, grid, block, shared_mem, arguments))
+            return
+        run(built, values, grid, block, shared_mem)
+
+
+def run(built: ctypes.CDLL, values: list[Any], grid: tuple, block: tuple, shared_mem: int, *_: Any) -> None:
+    """One launch: runs the kernel to its end."""
+    pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+    x, y = (*grid, 1)[:2]
+    built.launch(pointers, len(values), int(x), int(y), int(block[0]), ctypes.c_long(shared_mem), ctypes.c_uint(Kernel.seed))
+
+
+class Graph:
+    """Recorded launches with the arguments they had."""
+
+    def __init__(self, launches: list[tuple]) -> None:
+        self.launches = launches
+
+    def launch(self) -> None:
+        for launch in self.launches:
+            run(*launch)
+
+
+class Stream:
+    """A stream that can be captured: its launches are then recorded instead of run."""
+
+    recording: list[tuple] | None = None
+
+    def __init__(self, non_blocking: bool = False) -> None: ...
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def begin_capture(self) -> None:
+        Stream.recording = []
+
+    def end_capture(self) -> Graph:
+        graph = Graph(Stream.recording or [])
+        Stream.recording = None
+        return graph
 
 
 class Event:
@@ -206,7 +246,7 @@ def _module(capability: str) -> types.ModuleType:
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
     devices = types.SimpleNamespace(get_cublas_handle=lambda: 0)
     module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        Device=lambda: device, Event=Event, device=devices, runtime=runtime, memory=memory, cublas=cublas
+        Device=lambda: device, Event=Event, Stream=Stream, device=devices, runtime=runtime, memory=memory, cublas=cublas
     )
     return module
 

@@ -21,7 +21,7 @@ LLAMA_8B = ModelConfig.from_dict(
 
 
 def plan(config: ModelConfig, free: float, attention="dense") -> MemoryPlan:
-    """attention_bytes: 16-bit outputs alone."""
+    """Of attention the 16-bit outputs alone count."""
     memory = SimpleNamespace(
         free_bytes=lambda: int(free), attention_bytes=lambda p, itemsize, sparse: 2 * p.num_q_heads * p.q_len * p.head_dim
     )
