@@ -39,18 +39,7 @@ def rounded_backend(dtype: np.dtype) -> Any:
 
         return call
 
-    names = (
-        "HELD_DTYPES",
-        "compute_dtype",
-        "from_host",
-        "held_dtype",
-        "memory",
-        "new_pacer",
-        "rotary_table",
-        "to_host",
-        "vector_dtype",
-        "xp",
-    )
+    names = "HELD_DTYPES compute_dtype from_host held_dtype memory new_pacer rotary_table to_host vector_dtype xp".split()
     same = {name: getattr(layers, name) for name in names}
     wrapped = {name: rounding(getattr(layers, name)) for name in ("embedding", "linear", "head", "rms_norm", "swiglu")}
     return SimpleNamespace(
