@@ -147,24 +147,30 @@ PLANTED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_bug_is_caught(name, tmp_path):
-    """In a process of its own, because the emulator ends it at a deadlock or a wrong access."""
-    file, good, bad = PLANTED[name]
+def assert_caught(planted, checks, tmp_path):
+    """Plant a bug, (file, good, bad), and run checks, in a process of its own: the emulator ends it at a deadlock or a wrong access."""
+    file, good, bad = planted
     folder = tmp_path / "cuda"
     shutil.copytree(cupy_on_cpu.SOURCES, folder)
     text = (folder / file).read_text()
     assert text.count(good) == 1
     (folder / file).write_text(text.replace(good, bad))
     program = (
-        "import pathlib, sys\n"
-        "from tests.emulator import cupy_on_cpu, test_backend_on_cpu as tests\n"
-        "cupy_on_cpu.Kernel.folder = pathlib.Path(sys.argv[1])\n"
-        "for seed in range(3):\n"
-        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.SPLIT_TILES):\n"
-        "        tests.check(problem, '90', seed=seed)\n"
+        f"import pathlib, sys\nfrom tests.emulator import cupy_on_cpu\ncupy_on_cpu.Kernel.folder = pathlib.Path(sys.argv[1])\n{checks}"
     )
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=root, capture_output=True, text=True, timeout=600)
     assert result.returncode != 0, "the bug went unseen"
+    assert "CalledProcessError" not in result.stderr, "the bug does not compile"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    checks = (
+        "from tests.emulator import test_backend_on_cpu as tests\n"
+        "for seed in range(3):\n"
+        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.SPLIT_TILES):\n"
+        "        tests.check(problem, '90', seed=seed)\n"
+    )
+    assert_caught(PLANTED[name], checks, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from tests import golden
 from tests.emulator import cupy_on_cpu
-from tests.emulator.test_backend_on_cpu import check, inputs
+from tests.emulator.test_backend_on_cpu import assert_caught, check, inputs
 from unisparse_np import Problem, UniSparseConfig, audit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
@@ -118,3 +118,32 @@ def test_golden_vectors(path):
         qkv = (x.astype(np.float32) for x in (case.q, case.k, case.v))
         report = audit(*qkv, problem.config, backend="cupy", causal=problem.causal, q_offset=problem.q_offset)
     assert report.ok, str(report)
+
+
+PLANTED = {
+    "a key too many is visible": ("plain_attend.cu", "position > last_visible_key(", "position > 1 + last_visible_key("),
+    "places without a key count": ("plain_attend.cu", "    hidden = hidden || filled < KEYS;\n", ""),
+    "keys are overwritten too early": ("plain_attend.cu", "    __syncthreads();  // the keys are used up\n", ""),
+    "an old maximum": ("plain_attend.cu", "      total[m] *= shrink;\n", ""),
+    "anchors of the block before": (
+        "plain_attend.cu",
+        "anchors[block * shape.key_anchors + mine]",
+        "anchors[max(0, block - 1) * shape.key_anchors + mine]",
+    ),
+    "a composite key too many": ("plain_scores.cu", ">= limit", "> limit"),
+    "a large key block forgets its first tile": ("plain_scores.cu", "key > begin ? block_sums[pair] : 0.f", "0.f"),
+    "a composite over tokens that are not there": ("plain_compress.cu", "min(length, start + width) - start", "width"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    checks = (
+        "import numpy\n"
+        "from tests.emulator import test_plain_on_cpu as tests\n"
+        "for seed in range(2):\n"
+        "    for problem in (tests.SMALL, tests.NOT_CAUSAL, tests.ODD_BLOCKS):\n"
+        "        tests.check(problem, '90', numpy.float32, seed=seed)\n"
+    )
+    assert_caught(PLANTED[name], checks, tmp_path)

@@ -1,8 +1,9 @@
 """The fast backend: the four stages as CUDA C++ kernels (cuda/), compiled at first use by CuPy.
 
-The stages have the reference's names and signatures, in float16 and bfloat16. run_sparse fuses what lies between them: float16
-composites, scores as whole numbers, the mask as bits, and no wait for the host from q, k, v to the output. NaN and infinite
-inputs are not looked for (that would be such a wait): what a query may see of them reaches its output, what it may not does not.
+The stages have the reference's names and signatures, in float16, bfloat16 and float32. run_sparse fuses what lies between them:
+composites as float16 (float32 on the way of plain_stages.py), scores as whole numbers, the mask as bits, and no wait for the host
+from q, k, v to the output. NaN and infinite inputs are not looked for (that would be such a wait): what a query may see of them
+reaches its output, what it may not does not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from . import layers
 from .arrays import as_numpy, from_any, to_kind_of
 from .attend import dense_attention, sparse_attention
 from .compress import as_composites, compress, find_anchors
+from .decoder import new_decoder
 from .device import capability as require_device
 from .device import compile_seconds
 from .key_summary import RunningKeySummary
@@ -25,7 +27,7 @@ from .select import select_blocks
 
 __all__ = [
     "RunningKeySummary", "as_composites", "as_numpy", "check_finite", "compile_seconds", "compress", "dense_attention", "find_anchors",
-    "from_any", "layers", "name", "require_device", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "from_any", "layers", "name", "new_decoder", "require_device", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "cupy"
