@@ -3,16 +3,16 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.decoding import Decoding
 from tests.emulator import cupy_on_cpu
 from unisparse_np import Problem, UniSparseConfig, reference
-from unisparse_np.comparison import TOLERANCES, compare_anchors, compare_masks, compare_outputs, compare_values
+from unisparse_np.comparison import TOLERANCES, compare_outputs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -82,77 +82,13 @@ def test_a_few_queries(name):
     check_few(*FEW[name], seed=len(name))
 
 
-class Decoding:
-    """A cache on the emulator, its summary and a DecodeAttention; step(position) runs one launch."""
-
-    def __init__(self, config, q_heads, kv_heads, head_dim, capacity, dtype, seed=0):
-        self.problem = Problem(q_heads, kv_heads, 1, capacity, head_dim, config if config != "dense" else UniSparseConfig(64))
-        self.config, self.dtype = config, np.dtype(dtype)
-        rng = np.random.default_rng(seed)
-        self.q = (2 * rng.standard_normal((capacity, q_heads, head_dim))).astype(dtype)
-        self.k, self.v = (rng.standard_normal((kv_heads, capacity, head_dim)).astype(dtype) for _ in range(2))
-
-    def run(self, positions, poison=True):
-        """Decodes at the positions, what lies between them pooled as a prompt is -> [(out [Hq, d], mask or None, summary or None)]."""
-        results = []
-        with cupy_on_cpu.installed("90") as backend:
-            cupy = sys.modules["cupy"]
-            from unisparse_np.gpu.cupy_kernels.decode_attention import DecodeAttention
-            from unisparse_np.gpu.cupy_kernels.select import to_bool
-
-            p = self.problem
-            attention = DecodeAttention(p.num_q_heads, p.num_kv_heads, p.head_dim, p.k_len, self.config, self.dtype)
-            keys, values = (cupy.asarray(np.full_like(x, np.nan if poison else 0)) for x in (self.k, self.v))
-            summary = running = None
-            if self.config != "dense":
-                running = backend.RunningKeySummary(self.config, p.num_q_heads, p.num_kv_heads, p.head_dim, p.k_len, self.dtype)
-                summary = running.whole()
-            decoded = 0  # keys
-            for at in positions:
-                if running is not None and at > decoded:
-                    running.extend(cupy.asarray(self.k[:, running.length : at]))
-                decoded = at + 1
-                keys[:, :decoded], values[:, :decoded] = self.k[:, :decoded], self.v[:, :decoded]
-                out = attention.launch(cupy.asarray(self.q[at]), keys, values, cupy.asarray(np.array([at], np.int32)), summary)
-                mask = None if summary is None else np.array(to_bool(attention.selector.mask, p))
-                results.append((np.array(out), mask, None if summary is None else tuple(np.array(x) for x in summary)))
-        return results
-
-    def check(self, positions):
-        for at, (out, mask, summary) in zip(positions, self.run(positions), strict=True):
-            self.check_step(at, out, mask, summary)
-
-    def check_step(self, at, out, mask, summary):
-        """One step against the reference on the keys so far."""
-        problem = replace(self.problem, k_len=at + 1, q_offset=None)
-        tolerance = TOLERANCES[self.dtype.name]
-        q, k, v = (x.astype(np.float64) for x in (self.q[at][:, None], self.k[:, : at + 1], self.v[:, : at + 1]))
-        if mask is None:
-            mask = np.ones((problem.num_q_heads, 1, problem.num_k_blocks), bool)
-        else:
-            assert not mask[..., problem.num_k_blocks :].any()
-            mask = mask[..., : problem.num_k_blocks]
-            qc, kc = reference.compress(q, k, problem)
-            mean, peak = reference.score_blocks(qc, kc, problem)
-            expected = reference.select_blocks(mean, peak, problem)
-            reports = [
-                compare_values("kc", (summary[0][:, : kc.shape[1]],), (kc,), tolerance.scores, "composite keys"),
-                compare_masks(mask, expected, mean, peak, problem, tolerance.scores),
-            ]
-            if problem.config.key_anchors:
-                anchors = reference.find_anchors(k, problem.config.block_size, problem.config.key_anchors)
-                reports.append(compare_anchors(summary[1][:, : anchors.shape[1]], anchors, k, tolerance.norms))
-            assert all(report.ok for report in reports), (at, reports)
-        expected_out, _ = reference.sparse_attention(q, k, v, mask, problem)
-        report = compare_outputs(out[:, None], (q, k, v), expected_out, mask, problem, self.dtype.name)
-        assert report.ok, (at, report)
-
-
 STEPS = {
     "dense": (Decoding("dense", 4, 2, 64, 300, BFLOAT16), (100, 101, 150, 299)),
     "dense from the first token": (Decoding("dense", 8, 1, 64, 100, np.float16), (0, 1, 17)),
     "default, blocks of 64": (Decoding(UniSparseConfig(64, top_p=0.6), 4, 2, 64, 512, BFLOAT16), (255, 256, 300, 447)),
-    "from the first token": (Decoding(UniSparseConfig(64, 8, 8, 2, top_p=0.5, key_anchors=3), 2, 1, 64, 200, np.float16), (0, 1, 9, 64, 70)),
+    "from the first token": (
+        Decoding(UniSparseConfig(64, 8, 8, 2, top_p=0.5, key_anchors=3), 2, 1, 64, 200, np.float16), (0, 1, 9, 64, 70),
+    ),
     "heads of two groups together": (
         Decoding(UniSparseConfig(64, 8, 4, 4, top_p=0.4, key_anchors=0), 4, 2, 64, 400, np.float16), (131, 399),
     ),
@@ -166,15 +102,16 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_decode_steps(name):
     decoding, positions = STEPS[name]
-    decoding.check(positions)
+    with cupy_on_cpu.installed("90"):
+        decoding.check(sys.modules["cupy"], positions)
 
 
 def test_keys_pooled_one_by_one_are_those_of_the_whole():
     """Composites and anchors to the bit, past the ends of composites and blocks."""
     config = UniSparseConfig(64, 8, 8, 2, top_p=0.5, key_anchors=2)
     decoding = Decoding(config, 2, 2, 64, 200, BFLOAT16, seed=3)
-    _, _, (kc, anchors) = decoding.run(range(118, 132))[-1]
     with cupy_on_cpu.installed("90") as backend:
+        _, _, (kc, anchors) = decoding.run(sys.modules["cupy"], range(118, 132))[-1]
         running = backend.RunningKeySummary(config, 2, 2, 64, 200, BFLOAT16)
         running.extend(sys.modules["cupy"].asarray(decoding.k[:, :132]))
         whole = running.summary()
@@ -184,9 +121,11 @@ def test_keys_pooled_one_by_one_are_those_of_the_whole():
 
 def test_steps_are_the_same_to_the_bit_in_every_run():
     decoding, positions = STEPS["default, blocks of 64"]
-    first = decoding.run(positions)
-    cupy_on_cpu.Kernel.seed = 1
-    for (out, mask, _), (again, mask_again, _) in zip(first, decoding.run(positions, poison=False), strict=True):
+    with cupy_on_cpu.installed("90"):
+        first = decoding.run(sys.modules["cupy"], positions)
+        cupy_on_cpu.Kernel.seed = 1
+        second = decoding.run(sys.modules["cupy"], positions, poison=False)
+    for (out, mask, _), (again, mask_again, _) in zip(first, second, strict=True):
         np.testing.assert_array_equal(out.view(np.uint16), again.view(np.uint16))
         np.testing.assert_array_equal(mask, mask_again)
 
