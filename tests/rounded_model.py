@@ -10,6 +10,10 @@ import numpy as np
 
 from unisparse_np import reference
 
+SAME = (
+    "HELD_DTYPES", "compute_dtype", "from_host", "held_dtype", "memory", "new_pacer", "rotary_table", "to_host", "vector_dtype", "xp",
+)  # fmt: skip
+
 
 def rounded_backend(dtype: np.dtype) -> Any:
     """A backend whose layers compute in float32 and round every result, the residual stream included, to dtype."""
@@ -39,8 +43,7 @@ def rounded_backend(dtype: np.dtype) -> Any:
 
         return call
 
-    names = "HELD_DTYPES compute_dtype from_host held_dtype memory new_pacer rotary_table to_host vector_dtype xp".split()
-    same = {name: getattr(layers, name) for name in names}
+    same = {name: getattr(layers, name) for name in SAME}
     wrapped = {name: rounding(getattr(layers, name)) for name in ("embedding", "linear", "head", "rms_norm", "swiglu")}
     return SimpleNamespace(
         layers=SimpleNamespace(**same, **wrapped, add_linear=add_linear, rotate_heads=rotate_heads), name="rounded", xp=np,
