@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ PLAIN = {"pool_plain", "find_anchors_plain", "score_plain", "select_blocks", "at
 # Pooled heads and a share for each; a chunk; two anchors; a head_dim that is no multiple of 4.
 SMALL = Problem(4, 2, 21, 45, 18, UniSparseConfig(16, 4, 4, 2, top_p=(0.3, 0.8), key_anchors=2, sink_blocks=0, local_blocks=0))
 NOT_CAUSAL = Problem(2, 1, 20, 70, 18, UniSparseConfig(12, 3, 4, top_p=0.2, row_threshold=0.2, key_anchors=3, sink_blocks=0), causal=False)
+WHOLE_BLOCKS = replace(NOT_CAUSAL, k_len=72)
 WHOLE_TILES = Problem(1, 1, 130, 150, 64, UniSparseConfig(128, 8, 8, top_p=0.6))
 WIDE = Problem(1, 1, 60, 100, 160, UniSparseConfig(32, 1, 32, top_p=None, row_threshold=0.2))
 ODD_BLOCKS = Problem(4, 2, 300, 300, 20, UniSparseConfig(100, 1, 1, 4, top_p=0.5))  # tiles that end inside a block, key blocks of two tiles
@@ -28,8 +30,9 @@ def test_small_blocks_with_a_share_a_head():
     assert set(check(SMALL, "90", np.float32)) == PLAIN
 
 
-def test_not_causal():
-    check(NOT_CAUSAL, "80", np.float32, seed=1)
+@pytest.mark.parametrize("problem", [NOT_CAUSAL, WHOLE_BLOCKS], ids=["ragged", "whole blocks"])
+def test_not_causal(problem):
+    check(problem, "80", np.float32, seed=1)
 
 
 def test_whole_tiles():
@@ -123,7 +126,7 @@ def test_golden_vectors(path):
 PLANTED = {
     "a key too many is visible": ("plain_attend.cu", "position > last_visible_key(", "position > 1 + last_visible_key("),
     "places without a key count": ("plain_attend.cu", "    hidden = hidden || filled < KEYS;\n", ""),
-    "keys are overwritten too early": ("plain_attend.cu", "    __syncthreads();  // the keys are used up\n", ""),
+    "values are read before they are there": ("plain_attend.cu", "    __syncthreads();\n    if (hidden) add", "    if (hidden) add"),
     "an old maximum": ("plain_attend.cu", "      total[m] *= shrink;\n", ""),
     "anchors of the block before": (
         "plain_attend.cu",
@@ -143,7 +146,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         "import numpy\n"
         "from tests.emulator import test_plain_on_cpu as tests\n"
         "for seed in range(2):\n"
-        "    for problem in (tests.SMALL, tests.NOT_CAUSAL, tests.ODD_BLOCKS):\n"
+        "    for problem in (tests.SMALL, tests.NOT_CAUSAL, tests.WHOLE_BLOCKS, tests.ODD_BLOCKS):\n"
         "        tests.check(problem, '90', numpy.float32, seed=seed)\n"
     )
     assert_caught(PLANTED[name], checks, tmp_path)
