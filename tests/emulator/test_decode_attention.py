@@ -11,6 +11,7 @@ import pytest
 
 from tests.decoding import Decoding
 from tests.emulator import cupy_on_cpu
+from tests.emulator.test_backend_on_cpu import check as check_backend
 from unisparse_np import Problem, UniSparseConfig, reference
 from unisparse_np.comparison import TOLERANCES, compare_outputs
 
@@ -80,6 +81,11 @@ FEW = {
 @pytest.mark.parametrize("name", FEW)
 def test_a_few_queries(name):
     check_few(*FEW[name], seed=len(name))
+
+
+def test_a_call_with_few_queries_takes_these_kernels():
+    launched = check_backend(Problem(4, 2, 1, 300, 64, UniSparseConfig(64, top_p=0.5)), "90")
+    assert launched == ["compress", "score_blocks", "select_blocks", "decode_attention"]
 
 
 STEPS = {

@@ -10,6 +10,7 @@ import numpy as np
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
 from .compress import find_anchors, gather_anchors
+from .decode_attention import attend_few, splits_keys
 from .device import capability, num_multiprocessors, tensor_map
 from .plan import Plan, plan_of
 from .select import BlockMask, from_bool
@@ -60,6 +61,8 @@ def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: P
         words, heads_per_row = (None, 1) if mask is None else (mask.words, mask.heads_per_row)
         return Attended(*plain_stages.attend(q, k, v, words, heads_per_row, anchors, plan))
     q, k, v = aligned(q), aligned(k), aligned(v)
+    if splits_keys(problem, q.dtype):
+        return Attended(*attend_few(q, k, v, mask, anchors, plan))
     with_anchors = anchors is not None and mask is not None
     keys = Keys(k, v, None if mask is None else mask.words)
     if with_anchors:
