@@ -135,7 +135,8 @@ class DecodeAttention:
         scale: float | None = None,
     ) -> None:
         sparse = isinstance(config, UniSparseConfig)
-        problem = Problem(num_q_heads, num_kv_heads, 1, capacity, head_dim, config if sparse else UniSparseConfig(), scale=scale)
+        rule = config if isinstance(config, UniSparseConfig) else UniSparseConfig()
+        problem = Problem(num_q_heads, num_kv_heads, 1, capacity, head_dim, rule, scale=scale)
         dtype = np.dtype(dtype)
         if not can_decode(problem, dtype, sparse):
             raise InvalidInput(

@@ -54,8 +54,8 @@ class DecodeSelector:
         """q [Hq, d], keys [Hkv, capacity, d], position: device int32 [1] of the query; summary as in DecodeAttention.launch."""
         pitch = np.int64(self.problem.num_k_composites)
         q_head_stride = np.int64(q.strides[0] // q.itemsize)
-        arguments = (q, keys, q_head_stride, *element_strides(keys), self._shape, position, *summary, self._scores, pitch)
-        self._score(self._score_grid, (32 * SCORE_WARPS,), arguments, shared_mem=self._score_shared)
-        arguments = (self._scores, pitch, *self._rules, self._shape, position, self.mask.words, self.mask.counts)
-        self._select((self.problem.num_composite_heads,), (32 * SELECT_WARPS,), arguments, shared_mem=self._select_shared)
+        scoring = (q, keys, q_head_stride, *element_strides(keys), self._shape, position, *summary, self._scores, pitch)
+        self._score(self._score_grid, (32 * SCORE_WARPS,), scoring, shared_mem=self._score_shared)
+        selecting = (self._scores, pitch, *self._rules, self._shape, position, self.mask.words, self.mask.counts)
+        self._select((self.problem.num_composite_heads,), (32 * SELECT_WARPS,), selecting, shared_mem=self._select_shared)
         return self.mask
