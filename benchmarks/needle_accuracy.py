@@ -10,26 +10,22 @@ intervals, goes to needle_accuracy.json.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-import tokenizers
 from common import NEEDLE_LLAMA, RESULTS, stamp, write_result
+from losses import QUESTION_SEED, answer, questions
 
 from unisparse_np import UniSparseConfig
-from unisparse_np.model.generate import stream_generate
 from unisparse_np.model.loading import load
 
 CONFIGS = {"dense": "dense", "default": UniSparseConfig(), "paper": UniSparseConfig.paper(), "precise": UniSparseConfig.precise()}
 ANSWERS = RESULTS / "needle_accuracy.jsonl"
-SEED = 2026
 
 
 def main() -> None:
@@ -43,7 +39,7 @@ def main() -> None:
     jobs = [
         (length, n, task, example, [name for name in options.configs if (length, n, name) not in done])
         for length in options.lengths
-        for n, (task, example) in enumerate(examples(length, options.questions))
+        for n, (task, example) in enumerate(questions(length, options.questions))
     ]
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for count, records in enumerate(pool.map(answer_question, jobs), start=1):
@@ -55,32 +51,13 @@ def main() -> None:
     records = [r for r in done.values() if r["length"] in options.lengths and r["question"] < options.questions]
     summary = summarise(records)
     path = write_result(
-        "needle_accuracy", {"stamp": stamp("tokenizers"), "seed": SEED, "model": "examples/needle-llama", "decode": "dense", **summary}
+        "needle_accuracy",
+        {"stamp": stamp("tokenizers"), "seed": QUESTION_SEED, "model": "examples/needle-llama", "decode": "dense", **summary},
     )
     for row in summary["rows"]:
         kept = f"{row['accuracy']:.3f} ± {row['interval_95']:.3f}, {row['share_of_dense']:.3f} of dense"
         print(f"{row['length']:6d} {row['config']:8s} {kept}, density {row['density']:.3f}")
     print(path)
-
-
-@lru_cache(maxsize=1)
-def load_tasks() -> Any:
-    """examples/needle-llama/tasks.py as a module."""
-    spec = importlib.util.spec_from_file_location("tasks", NEEDLE_LLAMA / "tasks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def examples(length: int, questions: int) -> Iterator[tuple[str, tuple]]:
-    """(task, example) pairs: every task in turn, from one seed, the same for every config and run."""
-    tasks = load_tasks()
-    tokenizer = tokenizers.Tokenizer.from_file(str(NEEDLE_LLAMA / "tokenizer.json"))
-    generator = tasks.Gen(tasks.Pieces(tokenizer, [tasks.NOISE * 3], [tasks.NOISE * 3], n_story=3000), "eval", SEED + length)
-    for n in range(questions):
-        task = tasks.TASKS[n % len(tasks.TASKS)]
-        yield task, generator.eval_example(task, length)
 
 
 @lru_cache(maxsize=1)
@@ -91,15 +68,12 @@ def loaded() -> tuple[Any, Any]:
 
 def answer_question(job: tuple[int, int, str, tuple, list[str]]) -> list[dict[str, Any]]:
     """One question under several configs -> a record of score and density for each."""
-    length, n, task, (token_ids, references, any_one, room), names = job
-    records = []
-    for name in names:
-        pieces = list(stream_generate(*loaded(), [int(t) for t in token_ids], attention=CONFIGS[name], max_tokens=room))
-        text, statistics = "".join(piece.text for piece in pieces), pieces[-1].statistics
-        assert statistics is not None
-        score = load_tasks().score(text, references, any_one)
-        records.append({"length": length, "question": n, "task": task, "config": name, "score": score, "density": statistics.density_mean})
-    return records
+    length, n, task, example, names = job
+    model, tokenizer = loaded()
+    return [
+        {"length": length, "question": n, "task": task, "config": name, **answer(model, tokenizer, example, CONFIGS[name])}
+        for name in names
+    ]
 
 
 def read_answers() -> dict[tuple[int, int, str], dict[str, Any]]:

@@ -1,0 +1,167 @@
+"""Sweeps over one setting: SmolLM2's loss on text, needle-llama's accuracy, density, and the time that selection takes."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from common import NEEDLE_LLAMA, SMOLLM2
+from experiment_plots import Experiment, Panel
+from losses import Row, Window, answer, questions, text_windows
+
+from unisparse_np import UniSparseConfig
+from unisparse_np.attention import score_blocks
+from unisparse_np.cli.bench import seconds
+from unisparse_np.evaluation.cost import selection_share
+from unisparse_np.model.loading import load
+from unisparse_np.problem import Problem
+
+TIMED_CALLS = 5
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Configs by the value that is varied. needles: those of needle-llama, where its heads ask for others."""
+
+    setting: str
+    text: dict[str, UniSparseConfig]
+    needles: dict[str, UniSparseConfig] = field(default_factory=dict)
+
+
+def with_both_rules(**settings: int) -> dict[str, UniSparseConfig]:
+    """The default's Top-P and the row threshold, S 64, under the same settings."""
+    q, k = settings["q_compress"], settings["k_compress"]
+    return {
+        f"P .95: {q} x {k}": UniSparseConfig(**settings),
+        f"tau .02: {q} x {k}": UniSparseConfig(block_size=64, top_p=None, row_threshold=0.02, **settings),
+    }
+
+
+UNEQUAL = [with_both_rules(q_compress=q, k_compress=64 // q) for q in (1, 2, 4, 8, 16, 32, 64)]
+SWEEPS = {
+    "composite-size": Sweep("c", {str(c): UniSparseConfig(q_compress=c, k_compress=c) for c in (4, 8, 16, 32)}),
+    "block-size": Sweep("S", {str(s): UniSparseConfig(block_size=s) for s in (64, 128, 256)}),
+    "top-p": Sweep("P", {str(p): UniSparseConfig(top_p=p) for p in (0.80, 0.90, 0.95, 0.98, 0.99)}),
+    "head-compress": Sweep(
+        "c_h",
+        {str(h): UniSparseConfig(head_compress=h) for h in (1, 3, 9)},
+        {str(h): UniSparseConfig(head_compress=h) for h in (1, 2, 4, 8)},
+    ),
+    "unequal-composites": Sweep("rule: c_q x c_k", {label: config for both in UNEQUAL for label, config in both.items()}),
+}
+
+
+def measure(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
+    """A row for each value and model."""
+    return text_rows(sweep, options) + needle_rows(sweep, options)
+
+
+def text_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
+    """SmolLM2: means over the windows."""
+    model, tokenizer = load(str(SMOLLM2), backend=options.backend)
+    losses: dict[str, list[dict[str, float]]] = {value: [] for value in sweep.text}
+    for _, _, token_ids in text_windows(tokenizer, options.length, options.windows):
+        window = Window(model, token_ids)
+        for value, config in sweep.text.items():
+            losses[value].append(window.loss(config))
+    shape = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
+    return [
+        {
+            "model": "SmolLM2", sweep.setting: value, **{key: mean_of(found, key) for key in found[0]},
+            **selection_cost(sweep.text[value], *shape, options.length, model),
+        }
+        for value, found in losses.items()
+    ]  # fmt: skip
+
+
+def needle_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
+    """needle-llama: share of dense accuracy over the questions."""
+    model, tokenizer = load(str(NEEDLE_LLAMA), backend=options.backend)
+    configs: dict[str, Any] = {"dense": "dense", **(sweep.needles or sweep.text)}
+    answers: dict[str, list[dict[str, float]]] = {value: [] for value in configs}
+    for _, example in questions(options.length, options.questions):
+        for value, config in configs.items():
+            answers[value].append(answer(model, tokenizer, example, config))
+    dense = mean_of(answers.pop("dense"), "score")
+    return [
+        {
+            "model": "needle-llama", sweep.setting: value, "share_of_dense": mean_of(found, "score") / dense,
+            "density": mean_of(found, "density"), "selection": selection_share(configs[value]),
+        }
+        for value, found in answers.items()
+    ]  # fmt: skip
+
+
+def mean_of(rows: list[dict[str, float]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def selection_cost(config: UniSparseConfig, heads: int, kv_heads: int, head_dim: int, length: int, model: Any) -> Row:
+    """The share of dense attention's products, and the measured milliseconds of one layer's steps 1-5 on random data."""
+    engine = model.backend
+    problem = Problem(heads, kv_heads, length, length, head_dim, config)
+    rng = np.random.default_rng(0)
+    q, k = (
+        engine.from_any("input", rng.standard_normal((h, length, head_dim), dtype=np.float32).astype(model.forward.dtype))
+        for h in (heads, kv_heads)
+    )
+
+    def select() -> Any:
+        return engine.select_blocks(*score_blocks(q, k, problem, engine), problem)
+
+    seconds(select, engine)  # compiles, and fills caches
+    times = [seconds(select, engine) for _ in range(TIMED_CALLS)]
+    return {"selection": selection_share(config), "selection_ms": 1e3 * statistics.median(times)}
+
+
+def sweep_panels(setting: str, rows: list[Row]) -> list[Panel]:
+    """Loss on text and accuracy on needles, each against density; every point carries its value."""
+    text, needles = ([row for row in rows if row["model"] == model] for model in ("SmolLM2", "needle-llama"))
+    kl, accuracy = "KL from dense, nats per token", "share of dense accuracy"
+    panels = [
+        Panel("density", kl, {"SmolLM2": columns(text, "density", "kl")}, names=names(text, setting)),
+        Panel("density", accuracy, {"needle-llama": columns(needles, "density", "share_of_dense")}, names=names(needles, setting)),
+    ]
+    if setting == "c":
+        timed = {"SmolLM2": columns(text, "selection_ms", "kl")}
+        panels.insert(0, Panel("selection of one layer, ms", kl, timed, log="x", names=names(text, setting)))
+    return panels
+
+
+def unequal_panels(setting: str, rows: list[Row]) -> list[Panel]:
+    """Against c_q, one line a rule, for both models; and density."""
+
+    def lines(model: str, key: str) -> dict[str, tuple[list[float], list[float]]]:
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for row in rows:
+            if row["model"] == model:
+                rule, _, sizes = row[setting].partition(": ")
+                x, y = found.setdefault(rule, ([], []))
+                x.append(float(sizes.partition(" x ")[0]))
+                y.append(row[key])
+        return found
+
+    x = "c_q (c_k = 64 / c_q)"
+    return [
+        Panel(x, "SmolLM2: KL from dense, nats per token", lines("SmolLM2", "kl"), log="xy"),
+        Panel(x, "SmolLM2: density", lines("SmolLM2", "density"), log="x"),
+        Panel(x, "needle-llama: share of dense accuracy", lines("needle-llama", "share_of_dense"), log="x"),
+    ]
+
+
+def columns(rows: list[Row], x: str, y: str) -> tuple[list[float], list[float]]:
+    return [row[x] for row in rows], [row[y] for row in rows]
+
+
+def names(rows: list[Row], setting: str) -> tuple[str, ...]:
+    return tuple(f"{setting} {row[setting]}" for row in rows)
+
+
+EXPERIMENTS = {
+    name: Experiment(partial(measure, sweep), partial(unequal_panels if name == "unequal-composites" else sweep_panels, sweep.setting))
+    for name, sweep in SWEEPS.items()
+}
