@@ -27,17 +27,38 @@ BUILT = Path(tempfile.gettempdir()) / "unisparse_emulator"
 NUM_MULTIPROCESSORS = 2
 
 
-class Memory:
-    def __init__(self, pointer: int) -> None:
-        self.ptr = pointer
+class MemoryPointer:
+    """Device memory: a NumPy array of bytes, from an offset on."""
+
+    def __init__(self, owner: Any, pointer: int) -> None:
+        self.owner, self.ptr = owner, pointer
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self.owner, self.ptr + offset)
+
+
+def alloc(size: int) -> MemoryPointer:
+    """cupy.cuda.alloc: memory nobody wrote, from a 512-byte boundary."""
+    owner = np.empty(size + 512, np.uint8)
+    owner[...] = unwritten()
+    return MemoryPointer(owner, owner.ctypes.data + -owner.ctypes.data % 512)
+
+
+def unwritten() -> int:
+    """The byte that fills memory nobody wrote: it makes small numbers, or NaN."""
+    return 0x3C if Kernel.seed % 2 else 0xFF
 
 
 class ndarray(np.ndarray):
-    """NumPy's array with CuPy's .data.ptr."""
+    """NumPy's array with CuPy's .data.ptr, and CuPy's way to make one over memory."""
+
+    def __new__(cls, shape: tuple[int, ...], dtype: Any, memory: MemoryPointer) -> ndarray:
+        offset = memory.ptr - memory.owner.ctypes.data
+        return np.ndarray.__new__(cls, shape, dtype, memory.owner, offset)
 
     @property
-    def data(self) -> Memory:  # type: ignore[override]
-        return Memory(self.ctypes.data)
+    def data(self) -> MemoryPointer:  # type: ignore[override]
+        return MemoryPointer(self, self.ctypes.data)
 
     def set(self, values: np.ndarray) -> None:
         """A copy from the host."""
@@ -67,29 +88,47 @@ class Kernel:
     seed = 0  # of the emulator's choices; tests change it
     folder = SOURCES  # tests put a copy with a planted bug here
     launched: list[str] = []  # noqa: RUF012
+    by_handle: dict[int, Kernel] = {}  # noqa: RUF012
 
     def __init__(self, file: str, name: str, defines: tuple[str, ...]) -> None:
         self.file, self.name, self.defines = file, name, defines
 
+    @property
+    def kernel(self) -> types.SimpleNamespace:
+        """The cupy.cuda.Function, which launchKernel takes by its handle."""
+        handle = id(self)
+        Kernel.by_handle[handle] = self
+        return types.SimpleNamespace(ptr=handle)
+
     def __call__(self, grid: tuple, block: tuple, arguments: tuple, shared_mem: int = 0) -> None:
+        values = [_argument(x) for x in arguments]
+        if Stream.recording is not None:
+            Stream.recording.append((self, values, grid, block, shared_mem, arguments))
+            return
+        run(self, values, grid, block, shared_mem)
+
+    def launch(self, pointers: Any, given: int, x: int, y: int, threads: int, shared_mem: int) -> None:
+        """Run the kernel with the parameters that `given` pointers point to (a negative count is not checked)."""
         Kernel.launched.append(self.name)
         built = library(Kernel.folder, self.file, self.name, self.defines)
         declared = built.shared_bytes_of_source()
         assert declared in (-1, shared_mem) or self.name == "merge_scores", (
             f"{self.name}: wrapper gives {shared_mem} bytes of shared memory, the source needs {declared}"
         )
-        values = [_argument(x) for x in arguments]
-        if Stream.recording is not None:
-            Stream.recording.append((built, values, grid, block, shared_mem, arguments))
-            return
-        run(built, values, grid, block, shared_mem)
+        built.launch(pointers, given, x, y, threads, ctypes.c_long(shared_mem), ctypes.c_uint(Kernel.seed))
 
 
-def run(built: ctypes.CDLL, values: list[Any], grid: tuple, block: tuple, shared_mem: int, *_: Any) -> None:
+def run(kernel: Kernel, values: list[Any], grid: tuple, block: tuple, shared_mem: int, *_: Any) -> None:
     """One launch: runs the kernel to its end."""
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
     x, y = (*grid, 1)[:2]
-    built.launch(pointers, len(values), int(x), int(y), int(block[0]), ctypes.c_long(shared_mem), ctypes.c_uint(Kernel.seed))
+    kernel.launch(pointers, len(values), int(x), int(y), int(block[0]), shared_mem)
+
+
+def launch_kernel(handle: int, x: int, y: int, z: int, threads: int, _y: int, _z: int, shared: int, _stream: int, at: int, _: int) -> None:
+    """cupy.cuda.driver.launchKernel: parameters from an array of pointers at an address."""
+    assert Stream.recording is None, "the stand-in records launches of RawKernels only"
+    Kernel.by_handle[handle].launch(ctypes.c_void_p(at), -1, x, y, threads, shared)
 
 
 class Graph:
@@ -240,13 +279,22 @@ def _module(capability: str) -> types.ModuleType:
     module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
     runtime = types.SimpleNamespace(
-        CUDARuntimeError=RuntimeError, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34, 1 << 34)
+        CUDARuntimeError=RuntimeError, getDevice=lambda: 0, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34,) * 2
     )
     cublas = types.SimpleNamespace(gemmEx=gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1)
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
     devices = types.SimpleNamespace(get_cublas_handle=lambda: 0)
     module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        Device=lambda: device, Event=Event, Stream=Stream, device=devices, runtime=runtime, memory=memory, cublas=cublas
+        Device=lambda *_: device,
+        Event=Event,
+        Stream=Stream,
+        get_current_stream=lambda: types.SimpleNamespace(ptr=0, synchronize=lambda: None),
+        alloc=alloc,
+        device=devices,
+        runtime=runtime,
+        memory=memory,
+        cublas=cublas,
+        driver=types.SimpleNamespace(launchKernel=launch_kernel),
     )
     return module
 
@@ -255,7 +303,7 @@ def _viewing(function: Any) -> Any:
     def call(*arguments: Any, **options: Any) -> Any:
         result = np.asarray(function(*arguments, **options))
         if function in (np.empty, np.empty_like):
-            result.view(np.uint8)[...] = 0x3C if Kernel.seed % 2 else 0xFF  # memory nobody wrote: small numbers, or NaN
+            result.view(np.uint8)[...] = unwritten()
         return result.view(ndarray)
 
     return call

@@ -73,7 +73,7 @@ template <class... Parameters, size_t... I> static void call(void (*kernel)(Para
   kernel(*(std::remove_const_t<std::remove_reference_t<Parameters>>*)arguments[I]...);
 }
 template <class... Parameters> static void call(void (*kernel)(Parameters...), void** arguments, int given) {
-  if (given != (int)sizeof...(Parameters)) fail("wrong number of arguments");
+  if (given >= 0 && given != (int)sizeof...(Parameters)) fail("wrong number of arguments");
   call(kernel, arguments, std::index_sequence_for<Parameters...>());
 }
 

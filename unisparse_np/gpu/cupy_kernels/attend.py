@@ -9,18 +9,18 @@ import numpy as np
 
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
-from .compress import find_anchors, gather_anchors
+from .compress import anchor_rows, find_anchors, launch_gather
 from .decode_attention import attend_few, splits_keys
 from .device import capability, num_multiprocessors, tensor_map
 from .plan import Plan, plan_of
+from .room import Layout, allocate
 from .select import BlockMask, from_bool
-from .shapes import aligned, check_dtype, element_strides, uses_tensor_cores
+from .shapes import Rows, aligned, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 L2_SECTION_BYTES = 32 << 20  # keys and values worked on at a time: they stay in the L2 of an A100, H100 or H200
 HOPPER_HEAD_DIMS = (64, 128)
 REPAIR_BLOCKS, REPAIR_THREADS = 64, 128
 SCHEDULE_THREADS, SCHEDULE_BYTES = 1024, 4096
-NULL = np.uint64(0)
 
 
 class Attended(NamedTuple):
@@ -52,122 +52,127 @@ def dense_attention(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Any]
 
 
 def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: Plan) -> Attended:
-    """Step 6 with the mask as words (None: dense) and the anchors as positions [Hkv, Nk, r] (None: no anchors).
-
-    All launches are prepared before the first is made, so that the GPU never waits for the host between them.
-    """
-    problem = plan.problem
-    if not uses_tensor_cores(problem, q.dtype):
+    """Step 6 with the mask as words (None: dense) and the anchors as positions [Hkv, Nk, r] (None: no anchors)."""
+    if not uses_tensor_cores(plan.problem, q.dtype):
         words, heads_per_row = (None, 1) if mask is None else (mask.words, mask.heads_per_row)
         return Attended(*plain_stages.attend(q, k, v, words, heads_per_row, anchors, plan))
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    if splits_keys(problem, q.dtype):
-        return Attended(*attend_few(q, k, v, mask, anchors, plan))
-    with_anchors = anchors is not None and mask is not None
-    keys = Keys(k, v, None if mask is None else mask.words)
-    if with_anchors:
-        anchors = cupy.ascontiguousarray(anchors)
-        keys = Keys(k, v, keys.words, anchors, *gather_anchors(k, v, anchors, plan))
-    shape = plan.shape(1 if mask is None else mask.heads_per_row, with_anchors)
-    out = cupy.empty((problem.num_q_heads, problem.q_len, problem.head_dim), q.dtype)
-    lse = cupy.empty(out.shape[:2], np.float32)
-    items = Items(plan)
-    on_hopper = capability() == (9, 0) and problem.head_dim in HOPPER_HEAD_DIMS
-    prepare = _prepare_sm90 if on_hopper else _prepare_sm80
-    launches = (
-        _prepare_schedule(None if mask is None else mask.counts, shape, items, plan),
-        prepare(q, keys, out, lse, shape, items, plan),
-        _prepare_repair(q, keys, out, shape, items, plan),
-    )
-    for function, grid, block, arguments, shared in launches:
-        function((grid,), (block,), tuple(NULL if x is None else x for x in arguments), shared_mem=shared)
-    name = f"attend_{'sm90' if on_hopper else 'sm80'} d{problem.head_dim} S{problem.config.block_size}"
-    return Attended(out, lse, f"{name} {'float16' if q.dtype == np.float16 else 'bfloat16'}")
+    if splits_keys(plan.problem, q.dtype):
+        return Attended(*attend_few(aligned(q), aligned(k), aligned(v), mask, anchors, plan))
+    keys = Keys(rows_of(k), rows_of(v))
+    if mask is not None:
+        positions = 0
+        if anchors is not None:
+            anchors = cupy.ascontiguousarray(anchors)
+            positions = anchors.data.ptr
+        keys = Keys(keys.k, keys.v, mask.words.data.ptr, mask.counts.data.ptr, mask.heads_per_row, positions)
+    return launch_attend(rows_of(q), keys, plan, is_float16(q.dtype))
 
 
 class Keys(NamedTuple):
-    """What the queries attend to: k, v [Hkv, Lk, d], the mask's words or None, anchor positions and the compact anchors or None."""
+    """What the queries attend to: k, v [Hkv, Lk, d], the addresses of the mask's words and counts (0: dense) and of the anchors (or 0)."""
 
-    k: Any
-    v: Any
-    words: Any = None
-    anchors: Any = None
-    anchor_keys: Any = None
-    anchor_values: Any = None
-
-
-class Items:
-    """The attention kernel's work: one item a query head and tile of rows, and the counters, in one piece of memory.
-
-    work {head, tile} x count, the kernel's item counter, then what repair.cu has to look at.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        problem = plan.problem
-        self.tile_rows = 64 if problem.config.block_size == 64 else 128
-        self.count = problem.num_q_heads * ceil_div(problem.q_len, self.tile_rows)
-        self.memory = cupy.empty(4 + 2 * self.count * (1 + self.tile_rows // 16), np.int32)
-        self.work = np.uint64(self.memory.data.ptr)
-        self.counter = np.uint64(int(self.work) + 8 * self.count)
-        self.broken = np.uint64(int(self.counter) + 8)
+    k: Rows
+    v: Rows
+    words: int = 0
+    counts: int = 0
+    heads_per_mask: int = 1
+    anchors: int = 0
 
 
-Launch = tuple[Any, int, int, tuple[Any, ...], int]  # function, grid, threads, arguments, bytes of shared memory
+def work_layout(plan: Plan) -> Layout:
+    """Memory of one call: work {head, tile} x items, the kernel's item counter, what repair.cu has to look at, the compact anchors."""
+    anchors = plan.problem.num_kv_heads * anchor_rows(plan) * plan.problem.head_dim * 2
+    broken = 8 + 8 * plan.num_items * (plan.tile_rows // 16)
+    return Layout(work=8 * plan.num_items, counter=4, broken=broken, anchor_keys=anchors, anchor_values=anchors)
 
 
-def _prepare_schedule(counts: Any, shape: np.ndarray, items: Items, plan: Plan) -> Launch:
-    """Orders the items, longest first within sections of heads whose keys and values fit the L2; clears the counters."""
+def launch_attend(q: Rows, keys: Keys, plan: Plan, of_float16: bool) -> Attended:
+    """Step 6: order the items, attend, and look after rows that are not finite."""
+    problem, layout = plan.problem, plan.once(work_layout)
+    out = cupy.empty(plan.out_shape, q.array.dtype)
+    lse = cupy.empty(plan.out_shape[:2], np.float32)
+    memory = allocate(layout.size)
+    room = layout.addresses(memory)
+    if keys.anchors:
+        launch_gather(keys.k, keys.v, keys.anchors, room["anchor_keys"], room["anchor_values"], plan, of_float16)
+    shape = plan.packed_shape(keys.heads_per_mask, keys.anchors != 0)
+    _launch_schedule(keys, shape, room, plan)
+    on_hopper = problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
+    launch = _launch_sm90 if on_hopper else _launch_sm80
+    launch(q, keys, out.data.ptr, lse.data.ptr, shape, room, plan, of_float16)
+    _launch_repair(q, keys, out.data.ptr, shape, room, plan, of_float16)
+    name = f"attend_{'sm90' if on_hopper else 'sm80'} d{problem.head_dim} S{problem.config.block_size}"
+    return Attended(out, lse, f"{name} {'float16' if of_float16 else 'bfloat16'}")
+
+
+def heads_per_section(plan: Plan) -> int:
+    """Query heads whose keys and values fit the L2 together: items are ordered longest first within them."""
     problem = plan.problem
     bytes_per_head = 4 * problem.k_len * problem.head_dim
     kv_heads = 1 << max(0, (L2_SECTION_BYTES // bytes_per_head).bit_length() - 1)
-    heads = min(kv_heads, problem.num_kv_heads) * problem.group_size
-    function = plan.kernel("schedule.cu", "schedule", SCHEDULE_BYTES)
-    arguments = (shape, counts, items.work, np.int32(items.tile_rows), np.int32(heads), items.counter, items.broken)
-    return function, ceil_div(problem.num_q_heads, heads), SCHEDULE_THREADS, arguments, SCHEDULE_BYTES
+    return min(kv_heads, problem.num_kv_heads) * problem.group_size
 
 
-def _prepare_sm90(q: Any, keys: Keys, out: Any, lse: Any, shape: np.ndarray, items: Items, plan: Plan) -> Launch:
-    problem, rows = plan.problem, items.tile_rows
-    shared = shared_bytes_sm90(problem.head_dim, problem.config.block_size)
-    function = plan.kernel("attend_sm90.cu", "attend_sm90", shared, q.dtype)
-    maps = [tensor_map(q, rows), tensor_map(keys.k, rows), tensor_map(keys.v, rows), tensor_map(out, 64)]
-    maps += maps[1:3] if keys.anchors is None else [tensor_map(keys.anchor_keys, rows), tensor_map(keys.anchor_values, rows)]
-    per_multiprocessor = 1 if rows == 128 else 3 if problem.head_dim == 64 else 2
-    arguments = (*maps, shape, items.work, np.int32(items.count), keys.words, keys.anchors, lse, items.counter, items.broken)
-    return function, min(items.count, num_multiprocessors() * per_multiprocessor), 128 + 2 * rows, arguments, shared
+def _launch_schedule(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> None:
+    heads = plan.once(heads_per_section)
+    launch = plan.launcher("schedule.cu", "schedule", SCHEDULE_THREADS, SCHEDULE_BYTES)
+    sections = ceil_div(plan.problem.num_q_heads, heads)
+    launch(sections, 1, shape, keys.counts, room["work"], plan.tile_rows, heads, room["counter"], room["broken"])
 
 
-def _prepare_sm80(q: Any, keys: Keys, out: Any, lse: Any, shape: np.ndarray, items: Items, plan: Plan) -> Launch:
-    problem = plan.problem
-    shared = shared_bytes_sm80(problem.head_dim, problem.config.block_size)
-    function = plan.kernel("attend_sm80.cu", "attend_sm80", shared, q.dtype)
-    strides = (*element_strides(q), *element_strides(keys.k), *element_strides(keys.v))
-    inputs = (q, keys.k, keys.v, out, keys.anchor_keys, keys.anchor_values)
-    arguments = (*inputs, *strides, shape, items.work, keys.words, keys.anchors, lse, items.broken)
-    return function, items.count, threads_sm80(problem.head_dim, items.tile_rows), arguments, shared
+def _launch_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> None:
+    problem, rows = plan.problem, plan.tile_rows
+    dim, q_len, kv_heads = problem.head_dim, problem.q_len, problem.num_kv_heads
+    launch = plan.launcher("attend_sm90.cu", "attend_sm90", 128 + 2 * rows, plan.once(shared_bytes_sm90), of_float16)
+    k, v = (tensor_map(x.address, kv_heads, problem.k_len, dim, x.head_stride, x.row_stride, of_float16, rows) for x in (keys.k, keys.v))
+    anchor_k, anchor_v = k, v
+    if keys.anchors:
+        length = plan.once(anchor_rows)
+        anchor_k, anchor_v = (
+            tensor_map(address, kv_heads, length, dim, length * dim, dim, of_float16, rows)
+            for address in (room["anchor_keys"], room["anchor_values"])
+        )
+    maps = (
+        tensor_map(q.address, problem.num_q_heads, q_len, dim, q.head_stride, q.row_stride, of_float16, rows),
+        k, v, tensor_map(out, problem.num_q_heads, q_len, dim, q_len * dim, dim, of_float16, 64), anchor_k, anchor_v,
+    )  # fmt: skip
+    per_multiprocessor = 1 if rows == 128 else 3 if dim == 64 else 2
+    grid = min(plan.num_items, num_multiprocessors() * per_multiprocessor)
+    launch(grid, 1, *maps, shape, room["work"], plan.num_items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
 
 
-def _prepare_repair(q: Any, keys: Keys, out: Any, shape: np.ndarray, items: Items, plan: Plan) -> Launch:
-    function = plan.kernel("repair.cu", "repair", 0, q.dtype)
-    strides = (*element_strides(q), *element_strides(keys.k), *element_strides(keys.v))
-    arguments = (q, keys.k, keys.v, out, *strides, shape, keys.words, keys.anchors, items.broken)
-    return function, REPAIR_BLOCKS, REPAIR_THREADS, arguments, 0
+def _launch_sm80(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> None:
+    launch = plan.launcher("attend_sm80.cu", "attend_sm80", plan.once(threads_sm80), plan.once(shared_bytes_sm80), of_float16)
+    inputs = (q.address, keys.k.address, keys.v.address, out, room["anchor_keys"], room["anchor_values"])
+    launch(plan.num_items, 1, *inputs, *_strides(q, keys), shape, room["work"], keys.words, keys.anchors, lse, room["broken"])
 
 
-def shared_bytes_sm90(head_dim: int, block_size: int) -> int:
+def _launch_repair(q: Rows, keys: Keys, out: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> None:
+    launch = plan.launcher("repair.cu", "repair", REPAIR_THREADS, 0, of_float16)
+    inputs = (q.address, keys.k.address, keys.v.address, out)
+    launch(REPAIR_BLOCKS, 1, *inputs, *_strides(q, keys), shape, keys.words, keys.anchors, room["broken"])
+
+
+def _strides(q: Rows, keys: Keys) -> tuple[int, ...]:
+    return (q.head_stride, q.row_stride, keys.k.head_stride, keys.k.row_stride, keys.v.head_stride, keys.v.row_stride)
+
+
+def shared_bytes_sm90(plan: Plan) -> int:
     """Shared memory of a thread block: SHARED_BYTES of attend_sm90.cu."""
+    head_dim, block_size = plan.problem.head_dim, plan.problem.config.block_size
     consumers = 1 if block_size == 64 else 2
     tile = 64 * consumers * head_dim * 2
     q_stages, kv_stages = (2 if consumers == 2 else 1), (3 if head_dim == 64 else 2)
     return (q_stages + 2 * kv_stages + 1) * tile + 128 + 16 * q_stages + 16 + 1024
 
 
-def shared_bytes_sm80(head_dim: int, block_size: int) -> int:
+def shared_bytes_sm80(plan: Plan) -> int:
     """Shared memory of a thread block: SHARED_BYTES of attend_sm80.cu."""
+    head_dim, block_size = plan.problem.head_dim, plan.problem.config.block_size
     q_rows, k_rows = (64 if block_size == 64 else 128), (32 if head_dim > 128 else 64)
     return 256 + (q_rows + 4 * k_rows) * (head_dim + 8) * 2
 
 
-def threads_sm80(head_dim: int, tile_rows: int) -> int:
+def threads_sm80(plan: Plan) -> int:
     """THREADS of attend_sm80.cu."""
-    return 256 if head_dim > 128 and tile_rows == 128 else 128
+    return 256 if plan.problem.head_dim > 128 and plan.tile_rows == 128 else 128

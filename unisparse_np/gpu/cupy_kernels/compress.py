@@ -11,9 +11,12 @@ from ...config import UniSparseConfig
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
 from .plan import Plan, plan_of
-from .shapes import aligned, anchor_pitch, check_dtype, element_strides, uses_tensor_cores
+from .room import bytes_of
+from .shapes import Rows, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 THREADS = 128
+GATHER_THREADS = 256
+NO_ROWS = Rows(None, 0, 0, 0)
 
 
 class Pooled(NamedTuple):
@@ -52,45 +55,47 @@ def pool(q: Any, k: Any, plan: Plan, dtype: Any, *, with_keys: bool, with_anchor
     """One launch over q (or None) and, with_keys, over k. dtype float32, or float16 for the tensor cores (saturating at 65504)."""
     if not uses_tensor_cores(plan.problem, k.dtype):
         return Pooled(*plain_stages.pool(q, k, plan.problem, with_keys=with_keys, with_anchors=with_anchors))
-    problem, config = plan.problem, plan.problem.config
-    k = aligned(k)
-    q = k if q is None else aligned(q)
-    queries_wanted = q is not k
-    qc = cupy.empty((problem.num_composite_heads, problem.num_q_composites, problem.head_dim), dtype) if queries_wanted else None
-    kc = cupy.empty((problem.num_composite_kv_heads, problem.num_k_composites, problem.head_dim), dtype) if with_keys else None
-    anchors = None
-    if with_anchors and config.key_anchors:
-        anchors = cupy.empty((problem.num_kv_heads, problem.num_k_blocks, config.key_anchors), np.int32)
-    q_parts = problem.num_composite_heads * problem.num_q_blocks
-    k_parts = problem.num_composite_kv_heads * problem.num_k_blocks
-    shared = 4 * config.block_size * problem.kv_heads_per_composite
-    function = plan.kernel("compress.cu", "compress", shared, k.dtype)
-    half, nothing = dtype == np.float16, np.uint64(0)
-    outputs = (qc, nothing, kc, nothing) if half else (nothing, qc, nothing, kc)
-    arguments = (
-        q,
-        k,
-        *element_strides(q),
-        *element_strides(k),
-        plan.shape(),
-        *outputs,
-        anchors,
-        np.int32(0 if queries_wanted else q_parts),
-    )
-    grid = (q_parts if queries_wanted else 0) + (k_parts if with_keys else 0)
-    if grid == 0:
-        return Pooled(None, None, None)
-    function((grid,), (THREADS,), tuple(nothing if x is None else x for x in arguments), shared_mem=shared)
+    qc = cupy.empty(plan.qc_shape, dtype) if q is not None else None
+    kc = cupy.empty(plan.kc_shape, dtype) if with_keys else None
+    anchors = cupy.empty(plan.anchors_shape, np.int32) if with_anchors and plan.problem.config.key_anchors else None
+    queries, keys = None if q is None else rows_of(q), rows_of(k) if with_keys else None
+    qc_at, kc_at, anchors_at = (0 if x is None else x.data.ptr for x in (qc, kc, anchors))
+    launch_pool(queries, keys, qc_at, kc_at, anchors_at, plan, is_float16(k.dtype), to_float16=dtype == np.float16)
     return Pooled(qc, kc, anchors)
 
 
+def launch_pool(
+    q: Rows | None, k: Rows | None, qc: int, kc: int, anchors: int, plan: Plan, of_float16: bool, *, to_float16: bool = True
+) -> None:
+    """Composites of q and of k, each where given, to the addresses qc and kc; anchors of k unless that address is 0."""
+    problem = plan.problem
+    q_parts = problem.num_composite_heads * problem.num_q_blocks
+    k_parts = problem.num_composite_kv_heads * problem.num_k_blocks
+    grid = (q_parts if q else 0) + (k_parts if k else 0)
+    if grid == 0:
+        return
+    shared = 4 * problem.config.block_size * problem.kv_heads_per_composite
+    launch = plan.launcher("compress.cu", "compress", THREADS, shared, of_float16)
+    queries, keys = q or NO_ROWS, k or NO_ROWS
+    strides = (queries.head_stride, queries.row_stride, keys.head_stride, keys.row_stride)
+    outputs = (qc, 0, kc, 0) if to_float16 else (0, qc, 0, kc)
+    launch(grid, 1, queries.address, keys.address, *strides, plan.packed_shape(), *outputs, anchors, 0 if q else q_parts)
+
+
+def composite_sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of the composites qc and kc in float16."""
+    return {"qc": bytes_of(plan.qc_shape, np.float16), "kc": bytes_of(plan.kc_shape, np.float16)}
+
+
 def to_half(composites: Any, plan: Plan) -> Any:
-    """float32 composites as float16 (saturating at 65504), for the tensor cores."""
+    """float32 composites as float16 (saturating at 65504), for the tensor cores; float16 ones as they are."""
+    if composites.dtype == np.float16:
+        return composites
     composites = cupy.ascontiguousarray(composites, dtype=np.float32)
     half = cupy.empty(composites.shape, np.float16)
     pairs = composites.size // 2
-    function = plan.kernel("compress.cu", "to_half", 0)
-    function((ceil_div(pairs, 256),), (256,), (composites, half, np.int64(pairs)))
+    launch = plan.launcher("compress.cu", "to_half", GATHER_THREADS)
+    launch(ceil_div(pairs, GATHER_THREADS), 1, composites.data.ptr, half.data.ptr, pairs)
     return half
 
 
@@ -99,15 +104,18 @@ def as_composites(x: Any, problem: Problem, dtype: Any) -> Any:
     return to_half(x, plan_of(problem)) if uses_tensor_cores(problem, dtype) else cupy.ascontiguousarray(x, dtype=np.float32)
 
 
-def gather_anchors(k: Any, v: Any, anchors: Any, plan: Plan) -> tuple[Any, Any]:
-    """Anchor keys and values side by side: k, v [Hkv, Lk, d], anchors [Hkv, Nk, r] -> two [Hkv, r * pitch, d], zero where there is none."""
+def anchor_rows(plan: Plan) -> int:
+    """Rows of the compact anchors of one KV head: r * pitch."""
+    return plan.problem.config.key_anchors * anchor_pitch(plan.problem)
+
+
+def launch_gather(k: Rows, v: Rows, anchors: int, anchor_keys: int, anchor_values: int, plan: Plan, of_float16: bool) -> None:
+    """Anchor keys and values side by side: positions at `anchors` [Hkv, Nk, r] -> two [Hkv, r * pitch, d], zero where there is none."""
     problem = plan.problem
-    rows = problem.config.key_anchors * anchor_pitch(problem)
-    keys = cupy.empty((problem.num_kv_heads, rows, problem.head_dim), k.dtype)
-    values = cupy.empty_like(keys)
-    function = plan.kernel("compress.cu", "gather_anchors", 0, k.dtype)
-    chunks = rows * problem.head_dim // 8
-    anchors = cupy.ascontiguousarray(anchors)
-    arguments = (k, v, *element_strides(k), *element_strides(v), plan.shape(), anchors, keys, values)
-    function((ceil_div(chunks, 256), problem.num_kv_heads), (256,), arguments)
-    return keys, values
+    launch = plan.launcher("compress.cu", "gather_anchors", GATHER_THREADS, 0, of_float16)
+    strides = (k.head_stride, k.row_stride, v.head_stride, v.row_stride)
+    chunks = anchor_rows(plan) * problem.head_dim // 8
+    launch(
+        ceil_div(chunks, GATHER_THREADS), problem.num_kv_heads,
+        k.address, v.address, *strides, plan.packed_shape(), anchors, anchor_keys, anchor_values,
+    )  # fmt: skip

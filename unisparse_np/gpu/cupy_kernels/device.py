@@ -19,13 +19,17 @@ OLDEST_CAPABILITY = (8, 0)
 TENSOR_MAP_BYTES = 128
 
 
-@lru_cache
 def capability() -> tuple[int, int]:
     """Compute capability of the current device. Raises BackendUnavailable when there is none, or it is too old."""
     try:
-        digits = cupy.cuda.Device().compute_capability  # "90"
+        return _capability(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendUnavailable(f"CuPy finds no usable CUDA device ({error}): check nvidia-smi, or use backend='reference'") from error
+
+
+@lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    digits = cupy.cuda.Device(device).compute_capability  # "90"
     found = int(digits[:-1]), int(digits[-1])
     if found < OLDEST_CAPABILITY:
         raise BackendUnavailable(
@@ -35,10 +39,14 @@ def capability() -> tuple[int, int]:
     return found
 
 
-@lru_cache
 def num_multiprocessors() -> int:
     """Streaming multiprocessors of the current device."""
-    return cupy.cuda.Device().attributes["MultiProcessorCount"]
+    return _num_multiprocessors(cupy.cuda.runtime.getDevice())
+
+
+@lru_cache
+def _num_multiprocessors(device: int) -> int:
+    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
 
 
 @lru_cache
@@ -87,36 +95,30 @@ def _module(code: str, options: tuple[str, ...]) -> Any:
     return cupy.RawModule(code=code, options=options, backend="nvrtc")
 
 
-def tensor_map(x: Any, rows: int) -> np.ndarray:
-    """A CUtensorMap over x [H, L, d] in tiles of `rows` rows of one head, as a by-value kernel argument.
+@lru_cache(maxsize=4096)
+def tensor_map(
+    address: int, heads: int, length: int, dim: int, head_stride: int, row_stride: int, is_float16: bool, box_rows: int
+) -> bytes:
+    """A CUtensorMap over [H, L, d] of 16-bit elements (strides in elements) in tiles of `box_rows` rows of one head.
 
     The view is (64, L, d / 64, H), so that one instruction fetches a tile as panels of 64 columns with a 128-byte
-    swizzle, whatever the strides of x.
+    swizzle, whatever the strides.
     """
-    heads, length, dim = x.shape
-    key = (x.data.ptr, heads, length, dim, x.strides[0], x.strides[1], x.dtype == np.float16, rows)
-    return _encode_tensor_map(*key)
-
-
-@lru_cache(maxsize=1024)
-def _encode_tensor_map(
-    pointer: int, heads: int, length: int, dim: int, head_bytes: int, row_bytes: int, is_float16: bool, rows: int
-) -> np.ndarray:
     buffer = np.zeros(TENSOR_MAP_BYTES + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     buffer = buffer[start : start + TENSOR_MAP_BYTES]
     sizes = (ctypes.c_uint64 * 4)(64, length, dim // 64, heads)
-    strides = (ctypes.c_uint64 * 3)(row_bytes, 128, head_bytes)
-    box = (ctypes.c_uint32 * 4)(64, rows, dim // 64, 1)
+    strides = (ctypes.c_uint64 * 3)(2 * row_stride, 128, 2 * head_stride)
+    box = (ctypes.c_uint32 * 4)(64, box_rows, dim // 64, 1)
     steps = (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     float16, bfloat16, no_interleave, swizzle_128, promote_128, zero_fill = 6, 9, 0, 3, 2, 0
     status = driver().cuTensorMapEncodeTiled(
-        buffer.ctypes.data, float16 if is_float16 else bfloat16, 4, ctypes.c_void_p(pointer), sizes, strides, box, steps,
+        buffer.ctypes.data, float16 if is_float16 else bfloat16, 4, ctypes.c_void_p(address), sizes, strides, box, steps,
         no_interleave, swizzle_128, promote_128, zero_fill,
     )  # fmt: skip
     if status:
         raise BackendUnavailable(f"cuTensorMapEncodeTiled failed with CUresult {status}: the driver may be older than CUDA 12, update it")
-    return buffer.view(f"V{TENSOR_MAP_BYTES}")
+    return buffer.tobytes()
 
 
 @lru_cache

@@ -1,15 +1,20 @@
-"""What one problem's calls have in common, worked out once: the kernels' struct, the compiled kernels, sizes."""
+"""What one problem's calls have in common, worked out once: the kernels' struct, compiled kernels, how memory is cut."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
+import cupy
 import numpy as np
 
-from ...problem import Problem
-from .device import kernel
+from ...problem import Problem, ceil_div
+from .device import kernel, source
+from .launch import Launcher
 from .shapes import check_shape, shape_of
+
+Result = TypeVar("Result")
 
 
 class Plan:
@@ -21,8 +26,24 @@ class Plan:
         self.problem = problem
         self.queries_per_block = config.block_size // config.q_compress
         self.keys_per_block = config.block_size // config.k_compress
+        self.qc_shape = (problem.num_composite_heads, problem.num_q_composites, problem.head_dim)
+        self.kc_shape = (problem.num_composite_kv_heads, problem.num_k_composites, problem.head_dim)
+        self.anchors_shape = (problem.num_kv_heads, problem.num_k_blocks, config.key_anchors)
+        self.scores_shape = (problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks)
+        self.out_shape = (problem.num_q_heads, problem.q_len, problem.head_dim)
+        self.tile_rows = 64 if config.block_size == 64 else 128  # query rows of one item of the attention kernels
+        self.num_items = problem.num_q_heads * ceil_div(problem.q_len, self.tile_rows)
+        self._results: dict[Callable[[Plan], Any], Any] = {}
         self._shapes: dict[tuple[int, int], np.ndarray] = {}
+        self._packed: dict[tuple[int, bool], bytes] = {}
         self._kernels: dict[tuple[str, bool], Any] = {}
+        self._launchers: dict[tuple[str, bool], Launcher] = {}
+
+    def once(self, function: Callable[[Plan], Result]) -> Result:
+        """function(plan), worked out at the first call only."""
+        if function not in self._results:
+            self._results[function] = function(self)
+        return self._results[function]
 
     def shape(self, heads_per_mask: int = 1, with_anchors: bool = True) -> np.ndarray:
         """The struct of cuda/shape.cuh."""
@@ -31,18 +52,45 @@ class Plan:
             self._shapes[key] = shape_of(self.problem, *key)
         return self._shapes[key]
 
+    def packed_shape(self, heads_per_mask: int = 1, with_anchors: bool = True) -> bytes:
+        """The same as a Launcher takes it."""
+        key = (heads_per_mask, with_anchors)
+        if key not in self._packed:
+            self._packed[key] = self.shape(*key).tobytes()
+        return self._packed[key]
+
     def kernel(self, file: str, name: str, shared_bytes: int, dtype: Any = np.float16) -> Any:
         """A compiled kernel for inputs of this dtype."""
         key = (name, dtype == np.float16)
         if key not in self._kernels:
-            self._kernels[key] = kernel(
-                file, name, shared_bytes, IS_FLOAT16=int(key[1]), HEAD_DIM=self.problem.head_dim, BLOCK_SIZE=self.problem.config.block_size,
-                QUERIES_PER_BLOCK=self.queries_per_block, KEYS_PER_BLOCK=self.keys_per_block,
-            )  # fmt: skip
+            self._kernels[key] = self._compiled(file, name, shared_bytes, key[1])
         return self._kernels[key]
+
+    def launcher(self, file: str, name: str, threads: int, shared_bytes: int = 0, is_float16: bool = True) -> Launcher:
+        """The same to be launched with little host time; bfloat16 unless is_float16."""
+        key = (name, is_float16)
+        if key not in self._launchers:
+            compiled = self._compiled(file, name, shared_bytes, is_float16)
+            self._launchers[key] = Launcher(compiled, source(file), name, threads, shared_bytes)
+        return self._launchers[key]
+
+    def _compiled(self, file: str, name: str, shared_bytes: int, is_float16: bool) -> Any:
+        return kernel(
+            file, name, shared_bytes, IS_FLOAT16=int(is_float16), HEAD_DIM=self.problem.head_dim, BLOCK_SIZE=self.problem.config.block_size,
+            QUERIES_PER_BLOCK=self.queries_per_block, KEYS_PER_BLOCK=self.keys_per_block,
+        )  # fmt: skip
+
+    @cached_property
+    def visible_blocks(self) -> int:
+        """Visible blocks, summed over query heads and query blocks."""
+        return self.problem.total_visible_blocks
+
+
+def plan_of(problem: Problem) -> Plan:
+    """The plan of a problem on the current device, made once. Raises InvalidInput for shapes the kernels do not take."""
+    return _plan(problem, cupy.cuda.runtime.getDevice())
 
 
 @lru_cache(maxsize=1024)
-def plan_of(problem: Problem) -> Plan:
-    """The plan of a problem, made once. Raises InvalidInput for shapes the kernels do not take."""
+def _plan(problem: Problem, device: int) -> Plan:
     return Plan(problem)

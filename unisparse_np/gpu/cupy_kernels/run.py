@@ -1,10 +1,13 @@
-"""The whole call on the GPU: the four stages one after another on the current stream, without a look back at the host."""
+"""The whole call on the GPU: the four stages one after another on the current stream, without a look back at the host.
+
+A call allocates four times: room for composites and scores (given back before the attention), the mask, and what attend.py asks
+for. Nothing is shared between calls, so any number of them may be under way on any number of streams.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -14,22 +17,23 @@ from ...errors import BackendUnavailable
 from ...problem import KeySummary, Problem
 from ...trace import Trace
 from . import plain_stages
-from .attend import attend
-from .compress import pool, to_half
-from .plan import plan_of
-from .scores import UNITS, score_units
-from .select import BlockMask, select_words, to_bool
-from .shapes import check_dtype, uses_tensor_cores
+from .attend import attend, work_layout
+from .compress import composite_sizes, launch_pool, to_half
+from .plan import Plan, plan_of
+from .room import Layout, allocate, view
+from .scores import adds_to_scores, as_shares, clear_scores, launch_scores, score_arrays, score_sizes
+from .select import BlockMask, empty_mask, launch_select, select_words, to_bool
+from .shapes import Rows, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 
 class DeviceTrace(Trace):
     """A Trace whose mask and counts stay on the GPU until they are read: only reading them waits for the device."""
 
-    def __init__(self, kernel: str, lse: Any, block_mask: BlockMask, anchors: Any, problem: Problem) -> None:
+    def __init__(self, kernel: str, lse: Any, block_mask: BlockMask, anchors: Any, plan: Plan) -> None:
         self.kernel, self.lse, self.anchors = kernel, lse, anchors
-        self.visible_blocks = total_visible_blocks(problem)
+        self.visible_blocks = plan.visible_blocks
         self.qc = self.kc = self.mean = self.peak = None
-        self._block_mask, self._problem = block_mask, problem
+        self._block_mask, self._problem = block_mask, plan.problem
 
     @property
     def mask(self) -> Any:
@@ -60,75 +64,100 @@ def run_sparse(
     """Steps 1-6. q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace (with scores if keep_scores).
 
     q_composites: the composites of q where another kernel has pooled them already, C-contiguous [Hc, Tq, d] float16 (saturating
-    at 65504), as compress.cu gives them; None to pool q here.
+    at 65504; float32 for the plain kernels), as step 1 gives them; None to pool q here.
     """
     check_dtype(q.dtype)
-    if not uses_tensor_cores(problem, q.dtype):
-        return _run_sparse_plain(q, k, v, problem, key_summary, keep_scores)
     plan = plan_of(problem)
-    with naming_the_way_out(problem):
-        own = key_summary is None
-        pooled = pool(None if q_composites is not None else q, k, plan, np.float16, with_keys=own, with_anchors=own)
-        kc, anchors = (pooled.kc, pooled.anchors) if key_summary is None else (to_half(key_summary.kc, plan), key_summary.anchors)
-        if problem.config.key_anchors == 0:
-            anchors = None
-        qc = pooled.qc if q_composites is None else q_composites
-        units, peak = score_units(qc, kc, plan, clear=keep_scores)
-        mask = select_words(units, peak, plan)
+    select = _select if uses_tensor_cores(problem, q.dtype) else _select_plain
+    try:
+        mask, anchors, scores = select(q, k, plan, key_summary, keep_scores, q_composites)
         result = attend(q, k, v, mask, anchors, plan)
-    trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
-    if keep_scores:
-        trace.qc, trace.kc = qc.astype(np.float32), kc.astype(np.float32)
-        trace.mean, trace.peak = units.astype(np.float32) / np.float32(UNITS), peak
-    return result.out, trace
-
-
-def _run_sparse_plain(
-    q: Any, k: Any, v: Any, problem: Problem, key_summary: KeySummary | None, keep_scores: bool
-) -> tuple[Any, Trace]:
-    """run_sparse with float32 composites and the plain kernels."""
-    plan, own = plan_of(problem), key_summary is None
-    with naming_the_way_out(problem):
-        qc, kc, anchors = plain_stages.pool(q, k, problem, with_keys=own, with_anchors=own)
-        if key_summary is not None:
-            kc, anchors = key_summary.kc, key_summary.anchors if problem.config.key_anchors else None
-        units, peak = plain_stages.score_units(qc, kc, plan)
-        mask = select_words(units, peak, plan)
-        result = attend(q, k, v, mask, anchors, plan)
-    trace = DeviceTrace(result.kernel, result.lse, mask, anchors, problem)
-    if keep_scores:
-        trace.qc, trace.kc, trace.mean, trace.peak = qc, kc, units.astype(np.float32) / np.float32(UNITS), peak
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise no_room_for(problem, error) from error
+    trace = DeviceTrace(result.kernel, result.lse, mask, anchors, plan)
+    trace.qc, trace.kc, trace.mean, trace.peak = scores
     return result.out, trace
 
 
 def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
     """Dense attention: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in their dtype, and its Trace."""
     check_dtype(q.dtype)
-    with naming_the_way_out(problem):
-        result = attend(q, k, v, None, None, plan_of(problem))
-    visible = total_visible_blocks(problem)
+    plan = plan_of(problem)
+    try:
+        result = attend(q, k, v, None, None, plan)
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise no_room_for(problem, error) from error
+    visible = plan.visible_blocks
     return result.out, Trace(kernel=f"{result.kernel} dense", kept_blocks=visible, visible_blocks=visible, lse=result.lse)
 
 
-@contextlib.contextmanager
-def naming_the_way_out(problem: Problem) -> Iterator[None]:
-    """Turns an allocation that does not fit into BackendUnavailable with the bytes asked for and a chunk of queries that fits."""
-    try:
-        yield
-    except cupy.cuda.memory.OutOfMemoryError as error:
-        config = problem.config
-        free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
-        row = 2 * problem.head_dim
-        per_query = problem.num_q_heads * (row + 4) + problem.num_composite_heads * row // config.q_compress
-        per_query += problem.num_composite_heads * (problem.num_k_blocks + 31) * 5 // config.block_size
-        fits = max(1, free // 2 // per_query // config.block_size) * config.block_size
-        raise BackendUnavailable(
-            f"the GPU has no room for {problem.q_len} queries at once ({error}): pass them in chunks of {min(fits, problem.q_len)} tokens "
-            "(--chunk-size on the command line), or free memory that other programs hold"
-        ) from error
+def _select(
+    q: Any, k: Any, plan: Plan, key_summary: KeySummary | None, keep_scores: bool, q_composites: Any
+) -> tuple[BlockMask, Any, tuple[Any, Any, Any, Any]]:
+    """Steps 1-5 -> the mask, the anchors' positions [Hkv, Nk, r] or None, and (qc, kc, mean, peak), None unless keep_scores."""
+    layout = plan.once(selection_layout)
+    memory = allocate(layout.size)
+    room = layout.addresses(memory)
+    mask, anchors = empty_mask(plan), None
+    queries = rows_of(q) if q_composites is None else None
+    qc = room["qc"] if q_composites is None else q_composites.data.ptr
+    if key_summary is None:
+        keys, kc = rows_of(k), Rows(memory, room["kc"], plan.kc_shape[1] * plan.kc_shape[2], plan.kc_shape[2])
+        if plan.problem.config.key_anchors:
+            anchors = cupy.empty(plan.anchors_shape, np.int32)
+    else:
+        keys, kc = None, rows_of(to_half(key_summary.kc, plan))
+        if plan.problem.config.key_anchors:
+            anchors = cupy.ascontiguousarray(key_summary.anchors)
+    launch_pool(queries, keys, qc, kc.address, 0 if anchors is None else anchors.data.ptr, plan, is_float16(q.dtype))
+    if keep_scores or plan.once(adds_to_scores):
+        clear_scores(*score_arrays(memory, layout, plan))
+    launch_scores(qc, kc, room, plan)
+    launch_select(room["units"], room["peak"], mask.words.data.ptr, mask.counts.data.ptr, plan)
+    if not keep_scores:
+        return mask, anchors, (None, None, None, None)
+    units, peak = score_arrays(memory, layout, plan)
+    found_qc = view(memory, layout.offsets["qc"], plan.qc_shape, np.float16) if q_composites is None else q_composites
+    found_kc = view(memory, layout.offsets["kc"], plan.kc_shape, np.float16) if key_summary is None else kc.array
+    return mask, anchors, (found_qc.astype(np.float32), found_kc.astype(np.float32), as_shares(units), peak)
 
 
-@lru_cache(maxsize=1024)
-def total_visible_blocks(problem: Problem) -> int:
-    """problem.total_visible_blocks, counted once for equal problems: a call's time on the host matters here."""
-    return problem.total_visible_blocks
+def _select_plain(
+    q: Any, k: Any, plan: Plan, key_summary: KeySummary | None, keep_scores: bool, q_composites: Any
+) -> tuple[BlockMask, Any, tuple[Any, Any, Any, Any]]:
+    """The same with float32 composites and the plain kernels."""
+    own = key_summary is None
+    qc, kc, anchors = plain_stages.pool(None if q_composites is not None else q, k, plan.problem, with_keys=own, with_anchors=own)
+    if q_composites is not None:
+        qc = q_composites
+    if key_summary is not None:
+        kc, anchors = key_summary.kc, key_summary.anchors if plan.problem.config.key_anchors else None
+    units, peak = plain_stages.score_units(qc, kc, plan)
+    mask = select_words(units, peak, plan)
+    return mask, anchors, (qc, kc, as_shares(units), peak) if keep_scores else (None, None, None, None)
+
+
+def selection_layout(plan: Plan) -> Layout:
+    """Memory of steps 1-4: composites in float16, and scores."""
+    return Layout(**composite_sizes(plan), **score_sizes(plan))
+
+
+def no_room_for(problem: Problem, error: Exception) -> BackendUnavailable:
+    """What to say to an allocation that does not fit: the bytes asked for, and a chunk of queries that fits."""
+    free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+    size, chunk = problem.config.block_size, problem.q_len
+    while chunk > size and bytes_of_call(replace(problem, q_len=chunk)) > free:
+        chunk = max(size, chunk // 2 // size * size)
+    return BackendUnavailable(
+        f"the GPU has no room for {problem.q_len} queries at once ({error}): pass them in chunks of {chunk} tokens "
+        "(--chunk-size on the command line), or free memory that other programs hold"
+    )
+
+
+def bytes_of_call(problem: Problem) -> int:
+    """The most device memory that run_sparse holds at once, the output included."""
+    plan = Plan(problem)
+    attention = work_layout(plan).size + problem.num_q_heads * problem.q_len * (2 * problem.head_dim + 4)
+    return max(selection_layout(plan).size, attention) + problem.num_composite_heads * problem.num_q_blocks * (
+        problem.num_k_blocks // 8 + 8
+    )

@@ -14,7 +14,8 @@ from ...problem import Problem, ceil_div
 from . import plain_stages
 from .device import capability, tensor_map
 from .plan import Plan, plan_of
-from .shapes import uses_tensor_cores
+from .room import Layout, allocate, bytes_of, view
+from .shapes import Rows, rows_of, uses_tensor_cores
 
 PORTABLE_THREADS, PORTABLE_ROWS, PORTABLE_COLUMNS, PORTABLE_WARP_ROWS = 256, 256, 64, 32  # of scores.cu
 HOPPER_THREADS, HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_GROUP, HOPPER_STAGES = 640, 256, 128, 16, 4  # of scores_sm90.cu
@@ -34,20 +35,70 @@ def score_blocks(qc: Any, kc: Any, problem: Problem) -> tuple[Any, Any]:
     plan = plan_of(problem)
     if not uses_tensor_cores(problem, qc.dtype):
         units, peak = plain_stages.score_units(qc, kc, plan)
-        return units.astype(np.float32) / np.float32(UNITS), peak
-    units, peak = score_units(cupy.ascontiguousarray(qc), cupy.ascontiguousarray(kc), plan, clear=True)
-    return units.astype(np.float32) / np.float32(UNITS), peak
+        return as_shares(units), peak
+    units, peak = score_units(cupy.ascontiguousarray(qc), kc, plan, clear=True)
+    return as_shares(units), peak
 
 
 def score_units(qc: Any, kc: Any, plan: Plan, *, clear: bool = False) -> tuple[Any, Any]:
     """The same from float16 composites, with mean in units: [Hc, Nq, Nk] uint32. Without `clear`, invisible blocks hold anything."""
-    problem, on_hopper = plan.problem, _on_hopper(plan)
-    new = cupy.zeros if clear or (plan.queries_per_block > PORTABLE_WARP_ROWS and not on_hopper) else cupy.empty
-    size = (problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks)
-    units = new(size, np.uint32)
-    peak = None if problem.config.row_threshold is None else new(size, np.float32)
-    (_score_in_one_pass if on_hopper else _score_in_two_passes)(qc, kc, units, np.uint64(0) if peak is None else peak, plan)
+    layout = plan.once(scores_layout)
+    memory = allocate(layout.size)
+    units, peak = score_arrays(memory, layout, plan)
+    if clear or plan.once(adds_to_scores):
+        clear_scores(units, peak)
+    launch_scores(qc.data.ptr, rows_of(kc), layout.addresses(memory), plan)
     return units, peak
+
+
+def score_arrays(memory: Any, layout: Layout, plan: Plan) -> tuple[Any, Any]:
+    """units [Hc, Nq, Nk] uint32 and peak float32, or None where the row threshold is off, as they lie in memory."""
+    units = view(memory, layout.offsets["units"], plan.scores_shape, np.uint32)
+    peak = None if plan.problem.config.row_threshold is None else view(memory, layout.offsets["peak"], plan.scores_shape, np.float32)
+    return units, peak
+
+
+def clear_scores(units: Any, peak: Any) -> None:
+    """Zeroes: invisible blocks are never written."""
+    units.fill(0)
+    if peak is not None:
+        peak.fill(0)
+
+
+def as_shares(units: Any) -> Any:
+    """Scores in units as shares of a query block's mass, float32."""
+    return units.astype(np.float32) / np.float32(UNITS)
+
+
+def scores_layout(plan: Plan) -> Layout:
+    """Room for scores in `units` [Hc, Nq, Nk] uint32 and `peak` float32, and for what their computation needs besides."""
+    return Layout(**score_sizes(plan))
+
+
+def score_sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of units, peak, and on Hopper of the sums of 16 keys and of the tiles' maxima."""
+    scores = bytes_of(plan.scores_shape, np.uint32)
+    tiles = heads_at_once(plan) * padded_queries(plan) * tiles_of_keys(plan) if _on_hopper(plan) else 0
+    return {
+        "units": scores,
+        "peak": 0 if plan.problem.config.row_threshold is None else scores,
+        "sums": 2 * tiles * (HOPPER_COLUMNS // HOPPER_GROUP),
+        "maxima": 4 * tiles,
+    }
+
+
+def launch_scores(qc: int, kc: Rows, room: dict[str, int], plan: Plan) -> None:
+    """Steps 2-3 from float16 composites (qc contiguous) to the addresses in room. Invisible blocks are left as they are."""
+    peak = 0 if plan.problem.config.row_threshold is None else room["peak"]
+    if _on_hopper(plan):
+        _score_in_one_pass(qc, kc, room["units"], peak, room["sums"], room["maxima"], plan)
+    else:
+        _score_in_two_passes(qc, kc, room["units"], peak, plan)
+
+
+def adds_to_scores(plan: Plan) -> bool:
+    """Whether the kernels add to the scores, which must hold 0 before."""
+    return plan.queries_per_block > PORTABLE_WARP_ROWS and not _on_hopper(plan)
 
 
 def _on_hopper(plan: Plan) -> bool:
@@ -55,33 +106,42 @@ def _on_hopper(plan: Plan) -> bool:
     return fits and plan.problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
 
 
-def _score_in_two_passes(qc: Any, kc: Any, units: Any, peak: Any, plan: Plan) -> None:
+def _score_in_two_passes(qc: int, kc: Rows, units: int, peak: int, plan: Plan) -> None:
     problem = plan.problem
-    shared = shared_bytes(problem.head_dim)
-    function = plan.kernel("scores.cu", "score_blocks", shared)
-    grid = (ceil_div(problem.num_q_composites, PORTABLE_ROWS), problem.num_composite_heads)
-    function(grid, (PORTABLE_THREADS,), (qc, kc, plan.shape(), units, peak), shared_mem=shared)
+    launch = plan.launcher("scores.cu", "score_blocks", PORTABLE_THREADS, shared_bytes(problem.head_dim))
+    columns = ceil_div(problem.num_q_composites, PORTABLE_ROWS)
+    launch(columns, problem.num_composite_heads, qc, kc.address, kc.head_stride, plan.packed_shape(), units, peak)
 
 
-def _score_in_one_pass(qc: Any, kc: Any, units: Any, peak: Any, plan: Plan) -> None:
+def _score_in_one_pass(qc: int, kc: Rows, units: int, peak: int, sums: int, maxima: int, plan: Plan) -> None:
     """Tiles first, then their merger, a slice of heads at a time."""
     problem = plan.problem
-    shared, merge_shared = shared_bytes_sm90(problem.head_dim), merge_shared_bytes(plan)
-    score = plan.kernel("scores_sm90.cu", "score_tiles", shared)
-    merge = plan.kernel("scores_sm90.cu", "merge_scores", merge_shared)
-    maps = tensor_map(qc, HOPPER_ROWS), tensor_map(kc, HOPPER_COLUMNS)
-    tiles = ceil_div(problem.num_k_composites, HOPPER_COLUMNS)
-    rows = ceil_div(problem.num_q_composites, 16) * 16
-    heads_at_once = min(problem.num_composite_heads, max(1, WORKSPACE_BYTES // (rows * tiles * (2 * HOPPER_COLUMNS // HOPPER_GROUP + 4))))
-    sums = cupy.empty((heads_at_once, rows, tiles, HOPPER_COLUMNS // HOPPER_GROUP), np.float16)
-    maxima = cupy.empty((heads_at_once, rows, tiles), np.float32)
-    shape = plan.shape()
-    for first in range(0, problem.num_composite_heads, heads_at_once):
-        heads = min(heads_at_once, problem.num_composite_heads - first)
-        grid = (ceil_div(problem.num_q_composites, HOPPER_ROWS), heads)
-        score(grid, (HOPPER_THREADS,), (*maps, shape, np.int32(first), sums, maxima), shared_mem=shared)
-        arguments = (sums, maxima, shape, np.int32(first), units, peak)
-        merge((problem.num_q_blocks, heads), (MERGE_THREADS,), arguments, shared_mem=merge_shared)
+    score = plan.launcher("scores_sm90.cu", "score_tiles", HOPPER_THREADS, shared_bytes_sm90(problem.head_dim))
+    merge = plan.launcher("scores_sm90.cu", "merge_scores", MERGE_THREADS, plan.once(merge_shared_bytes))
+    (heads, q_length, dim), (k_heads, k_length, _), shape = plan.qc_shape, plan.kc_shape, plan.packed_shape()
+    queries = tensor_map(qc, heads, q_length, dim, q_length * dim, dim, True, HOPPER_ROWS)
+    keys = tensor_map(kc.address, k_heads, k_length, dim, kc.head_stride, kc.row_stride, True, HOPPER_COLUMNS)
+    slice_heads = plan.once(heads_at_once)
+    for first in range(0, heads, slice_heads):
+        count = min(slice_heads, heads - first)
+        score(ceil_div(q_length, HOPPER_ROWS), count, queries, keys, shape, first, sums, maxima)
+        merge(problem.num_q_blocks, count, sums, maxima, shape, first, units, peak)
+
+
+def padded_queries(plan: Plan) -> int:
+    """Composite queries in whole sixteens, as score_tiles writes their sums."""
+    return ceil_div(plan.problem.num_q_composites, 16) * 16
+
+
+def tiles_of_keys(plan: Plan) -> int:
+    """Tiles of composite keys that score_tiles takes."""
+    return ceil_div(plan.problem.num_k_composites, HOPPER_COLUMNS)
+
+
+def heads_at_once(plan: Plan) -> int:
+    """Composite heads whose sums fit WORKSPACE_BYTES."""
+    bytes_per_head = padded_queries(plan) * tiles_of_keys(plan) * (2 * HOPPER_COLUMNS // HOPPER_GROUP + 4)
+    return min(plan.problem.num_composite_heads, max(1, WORKSPACE_BYTES // bytes_per_head))
 
 
 def shared_bytes(head_dim: int) -> int:

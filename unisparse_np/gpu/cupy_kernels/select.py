@@ -31,24 +31,38 @@ class BlockMask(NamedTuple):
 def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
     """Steps 4-5. mean, peak [Hc, Nq, Nk] -> mask [Hq, Nq, Nk] bool, composite heads repeated. peak is read under a row threshold only."""
     plan = plan_of(problem)
-    units = cupy.rint(cupy.asarray(mean, dtype=np.float32) * np.float32(UNITS)).astype(np.uint32)
-    return to_bool(select_words(cupy.ascontiguousarray(units), peak, plan), problem)
+    units = cupy.ascontiguousarray(cupy.rint(cupy.asarray(mean, dtype=np.float32) * np.float32(UNITS)).astype(np.uint32))
+    return to_bool(select_words(units, None if peak is None else cupy.ascontiguousarray(peak, dtype=np.float32), plan), problem)
 
 
 def select_words(units: Any, peak: Any, plan: Plan) -> BlockMask:
-    """The same from scores in units, as words; what invisible blocks hold does not matter."""
-    problem = plan.problem
-    words = cupy.empty((problem.num_composite_heads, problem.num_q_blocks, words_per_row(problem)), np.uint32)
-    counts = cupy.empty(words.shape[:2], np.int32)
-    rules = (
-        _per_head(problem.config.top_p, problem.num_composite_heads, "float64"),
-        _per_head(problem.config.row_threshold, problem.num_composite_heads, "float32"),
+    """The same from contiguous scores in units, as words; what invisible blocks hold does not matter."""
+    mask = empty_mask(plan)
+    launch_select(units.data.ptr, 0 if peak is None else peak.data.ptr, mask.words.data.ptr, mask.counts.data.ptr, plan)
+    return mask
+
+
+def empty_mask(plan: Plan) -> BlockMask:
+    """Room for a selection, one row a composite head."""
+    words = cupy.empty((*plan.scores_shape[:2], words_per_row(plan.problem)), np.uint32)
+    return BlockMask(words, cupy.empty(plan.scores_shape[:2], np.int32), plan.problem.config.head_compress)
+
+
+def launch_select(units: int, peak: int, words: int, counts: int, plan: Plan) -> None:
+    """Steps 4-5 from scores in units into the words and counts of a BlockMask; what invisible blocks hold does not matter."""
+    launch = plan.launcher("select.cu", "select_blocks", 32 * WARPS, WARPS * 32 * words_per_row(plan.problem) * 4)
+    rows = plan.scores_shape[0] * plan.scores_shape[1]
+    addresses = (0 if rule is None else rule.data.ptr for rule in plan.once(rules))
+    launch(ceil_div(rows, WARPS), 1, units, peak, *addresses, plan.packed_shape(), words, counts)
+
+
+def rules(plan: Plan) -> tuple[Any, Any]:
+    """top_p [Hc] float64 and row_threshold [Hc] float32 on the device, None where a rule is off."""
+    config, heads = plan.problem.config, plan.problem.num_composite_heads
+    return (
+        None if config.top_p is None else _per_head(config.top_p, heads, "float64"),
+        None if config.row_threshold is None else _per_head(config.row_threshold, heads, "float32"),
     )
-    shared = WARPS * 32 * words_per_row(problem) * 4
-    function = plan.kernel("select.cu", "select_blocks", shared)
-    arguments = (units, np.uint64(0) if peak is None else peak, *rules, plan.shape(), words, counts)
-    function((ceil_div(counts.size, WARPS),), (32 * WARPS,), arguments, shared_mem=shared)
-    return BlockMask(words, counts, problem.config.head_compress)
 
 
 def from_bool(mask: Any) -> BlockMask:
@@ -68,9 +82,13 @@ def to_bool(mask: BlockMask, problem: Problem) -> Any:
     return cupy.repeat(rows, mask.heads_per_row, axis=0)
 
 
-@lru_cache(maxsize=64)
 def _per_head(value: PerHead, heads: int, dtype: str) -> Any:
-    """One share a composite head on the device, or a null pointer where the rule is off."""
-    if value is None:
-        return np.uint64(0)
-    return cupy.asarray(np.broadcast_to(np.asarray(value, dtype=dtype), (heads,)).copy())
+    """One share a composite head on the device, ready for any stream, or a null pointer where the rule is off."""
+    return np.uint64(0) if value is None else _shares(value, heads, dtype, cupy.cuda.runtime.getDevice())
+
+
+@lru_cache(maxsize=64)
+def _shares(value: PerHead, heads: int, dtype: str, device: int) -> Any:
+    shares = cupy.asarray(np.broadcast_to(np.asarray(value, dtype=dtype), (heads,)).copy())
+    cupy.cuda.get_current_stream().synchronize()  # once for a config: later calls may run on other streams
+    return shares

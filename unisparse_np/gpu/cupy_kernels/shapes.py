@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -58,6 +59,13 @@ def check_dtype(dtype: Any) -> None:
         raise InvalidInput(f"dtype {dtype}: the cupy backend takes float16, bfloat16 and float32; cast q, k, v, or use backend='reference'")
 
 
+@lru_cache
+def is_float16(dtype: Any) -> bool:
+    """Whether the tensor-core kernels work in float16, or else in bfloat16. Raises InvalidInput for dtypes that they do not take."""
+    check_dtype(dtype)
+    return bool(dtype == np.float16)
+
+
 def check_shape(problem: Problem) -> None:
     """Raises InvalidInput for what these kernels do not do: larger heads and blocks."""
     if problem.head_dim > MAX_HEAD_DIM:
@@ -95,3 +103,23 @@ def aligned(x: Any) -> Any:
     """x [H, L, d] itself when rows are contiguous and begin on 16-byte boundaries (what the loads need), otherwise a copy."""
     contiguous_rows = x.strides[2] == x.itemsize and x.strides[0] % 16 == 0 and x.strides[1] % 16 == 0 and x.data.ptr % 16 == 0
     return x if contiguous_rows and min(x.strides) > 0 else x.copy(order="C")
+
+
+class Rows(NamedTuple):
+    """An array [H, L, d] of 16-bit elements as the kernels take it: contiguous rows from 16-byte boundaries, any strides in between."""
+
+    array: Any  # keeps the memory
+    address: int
+    head_stride: int  # in elements
+    row_stride: int
+
+
+def rows_of(x: Any) -> Rows:
+    """x [H, L, d] itself where its rows are contiguous and begin on 16-byte boundaries (what the loads need), otherwise a copy."""
+    head_bytes, row_bytes, element_bytes = x.strides
+    address = x.data.ptr
+    if element_bytes != 2 or (head_bytes | row_bytes | address) & 15 or head_bytes <= 0 or row_bytes <= 0:
+        x = x.copy(order="C")
+        head_bytes, row_bytes, _ = x.strides
+        address = x.data.ptr
+    return Rows(x, address, head_bytes // 2, row_bytes // 2)

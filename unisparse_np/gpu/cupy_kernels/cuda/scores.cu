@@ -174,10 +174,11 @@ struct Sums {
   }
 };
 
-// Grid: (ceil(Tq / ROWS), Hc). qc [Hc, Tq, d], kc [Hkc, Tk, d] float16 -> mean [Hc, Nq, Nk] in units of 2^-30, peak [Hc, Nq, Nk]
+// Grid: (ceil(Tq / ROWS), Hc). qc [Hc, Tq, d], kc [Hkc, Tk, d] (heads any stride apart) float16 -> mean [Hc, Nq, Nk] in units of 2^-30, peak [Hc, Nq, Nk]
 // float32 or null. With QUERIES_PER_BLOCK > 32 both must hold 0 before. Blocks that are not visible are left as they are or 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) score_blocks(
-    const uint16_t* __restrict__ qc, const uint16_t* __restrict__ kc, const Shape shape, uint32_t* __restrict__ mean, float* __restrict__ peak)
+    const uint16_t* __restrict__ qc, const uint16_t* __restrict__ kc, int64_t kc_head_stride, const Shape shape, uint32_t* __restrict__ mean,
+    float* __restrict__ peak)
 {
   DYNAMIC_SHARED(shared);
   const uint32_t tiles = shared_address(shared);
@@ -185,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_blocks(
   const int row_tile = gridDim.x - 1 - blockIdx.x;  // the longest first
   const int first_row = row_tile * ROWS, first_query = first_row + warp * 32;
   const int kc_head = head / (shape.num_composite_heads / shape.num_composite_kv_heads);
-  kc += (int64_t)kc_head * shape.num_k_composites * HEAD_DIM;
+  kc += kc_head * kc_head_stride;
 
   load_composites<ROWS>(tiles, qc + (int64_t)head * shape.num_q_composites * HEAD_DIM, first_row, shape.num_q_composites);
   copy_commit();

@@ -1,0 +1,47 @@
+"""Device memory for one call: a few pieces, cut by offsets, instead of an array for everything."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cupy
+import numpy as np
+
+BOUNDARY = 256  # bytes; tensor maps and 16-byte loads need less
+
+
+class Layout:
+    """How one piece of memory is cut.
+
+    Attributes:
+        offsets: where each named piece begins, in bytes.
+        size: bytes in all.
+    """
+
+    def __init__(self, **sizes: int) -> None:
+        self.offsets: dict[str, int] = {}
+        self.size = 0
+        for name, size in sizes.items():
+            self.offsets[name] = self.size
+            self.size += -(-size // BOUNDARY) * BOUNDARY
+
+    def addresses(self, memory: Any) -> dict[str, int]:
+        """Each piece's address in this memory."""
+        first = memory.ptr
+        return {name: first + offset for name, offset in self.offsets.items()}
+
+
+def allocate(size: int) -> Any:
+    """Device memory from CuPy's pool, for the current stream: a cupy.cuda.MemoryPointer. Dropping it gives it back."""
+    return cupy.cuda.alloc(size)
+
+
+def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def view(memory: Any, offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array that lies in this memory, and keeps it."""
+    return cupy.ndarray(shape, dtype, memory + offset)
