@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 60  # seconds, in which a job that hangs is ended and fails its test
+TIMEOUT = 240  # seconds, after which a job that hangs is ended and fails its test
 
 
 @cache

@@ -15,7 +15,7 @@ from .options import Attention, flag, in_section
 
 rank_options = in_section(
     "Several processes (mpirun -n N unisparse-np ...)",
-    flag("--context-parallel", type=click.IntRange(min=1), metavar="M", default=1, show_default="1",
+    flag("--context-parallel", type=click.IntRange(min=1), metavar="M", default=1, show_default=True,
          help="M groups of N / M processes share out the prompt's blocks; the processes of a group share out the heads and weights."),
     flag("--tensor-parallel", type=click.IntRange(min=1), metavar="T", help="Processes in a group. Only checked: T is N / M."),
 )  # fmt: skip

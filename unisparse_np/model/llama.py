@@ -126,12 +126,12 @@ class Llama:
     ) -> Any:
         """The same, but the logits stay the backend's array."""
         configs = self._attention_per_layer(attention)
-        self._check_tokens(token_ids)
+        ids = self._checked_tokens(token_ids)
         self._begin(cache, len(token_ids))
         last: Any = None  # hidden state of the last position
         for start, stop in self._chunks(len(token_ids), cache, configs, chunk_size):
             with self._giving_memory_back(stop - start):
-                last = self.forward.last_hidden(token_ids[start:stop], cache, configs, count=True, observer=observer)
+                last = self.forward.last_hidden(ids[start:stop], cache, configs, count=True, observer=observer)
             if progress is not None:
                 progress(stop, len(token_ids), sum(cache.densities()) / len(configs))
         return self.forward.head(last)[0]
@@ -143,15 +143,22 @@ class Llama:
     def step_on_backend(self, token_id: int, cache: KVCache, attention: Attention) -> Any:
         """The same, but the logits stay the backend's array, valid until the next step over this cache."""
         configs = self._attention_per_layer(attention)
-        self._check_tokens([token_id])
+        self._checked_tokens([token_id])
         self._begin(cache, 1)
         with self._giving_memory_back(1):
-            if self._new_decoder is None or self.forward.check_finite:
+            decoder = self._decoder(cache, configs)
+            if decoder is None:
                 return self.forward.head(self.forward.hidden([token_id], cache, configs, count=False))[0]
-            key = tuple(configs)
-            if key not in cache.decoders:
-                cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs)
-            return cache.decoders[key].step(token_id)
+            return decoder.step(token_id)
+
+    def _decoder(self, cache: KVCache, configs: list[AttentionConfig]) -> Any:
+        """What the backend made for steps over this cache; None where it has nothing for them, and with check_finite."""
+        if self._new_decoder is None or self.forward.check_finite:
+            return None
+        key = tuple(configs)
+        if key not in cache.decoders:
+            cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs)
+        return cache.decoders[key]
 
     def logits(
         self, token_ids: Sequence[int], attention: Attention = "dense", *, chunk_size: int | None = None, cache: KVCache | None = None
@@ -160,7 +167,7 @@ class Llama:
 
         With a cache the tokens follow what it holds, and are counted in its densities.
         """
-        self._check_tokens(token_ids)
+        self._checked_tokens(token_ids)
         cache = self.new_cache(len(token_ids), attention) if cache is None else cache
         out = np.empty((len(token_ids), self.config.vocab_size), dtype=np.float64 if self.forward.dtype == np.float64 else np.float32)
         start = 0
@@ -183,13 +190,13 @@ class Llama:
         The tokens follow what the cache holds; arguments and errors as in `prefill`.
         """
         configs = self._attention_per_layer(attention)
-        self._check_tokens(token_ids)
+        ids = self._checked_tokens(token_ids)
         self._begin(cache, len(token_ids))
         chunks = self._chunks(len(token_ids), cache, configs, chunk_size, all_logits=True)
 
         def logits_of(start: int, stop: int) -> np.ndarray:
             with self._giving_memory_back(stop - start):
-                hidden = self.forward.hidden(token_ids[start:stop], cache, configs, count=True, observer=observer)
+                hidden = self.forward.hidden(ids[start:stop], cache, configs, count=True, observer=observer)
                 return self._to_host(self.forward.head(hidden))
 
         return (logits_of(*chunk) for chunk in chunks)
@@ -220,18 +227,21 @@ class Llama:
                 "shorten the prompt or the answer, or raise the limit with --max-context (max_context= in load)"
             )
 
-    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+    def _checked_tokens(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The ids as an array [T]. Raises InvalidInput for none, for one that is no whole number, and for one outside the vocabulary."""
         if len(token_ids) == 0:
             raise InvalidInput("the prompt has no tokens: give at least one")
-        for token_id in token_ids:
-            if not isinstance(token_id, Integral):
-                raise InvalidInput(f"token id {token_id!r} is not a whole number: give the ids that the tokenizer makes")
-        low, high = min(token_ids), max(token_ids)
+        ids = np.asarray(token_ids)
+        if ids.dtype.kind not in "iu":
+            wrong = next(token_id for token_id in token_ids if isinstance(token_id, bool) or not isinstance(token_id, Integral))
+            raise InvalidInput(f"token id {wrong!r} is not a whole number: give the ids that the tokenizer makes")
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
             raise InvalidInput(
                 f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}: use the tokenizer that belongs to it"
             )
+        return ids
 
     def _attention_per_layer(self, attention: Attention) -> list[AttentionConfig]:
         layers = self.config.num_hidden_layers
@@ -251,7 +261,7 @@ class Llama:
     def _plan(self, configs: list[AttentionConfig]) -> MemoryPlan | None:
         """What this attention will take of the device; None on a host, whose memory is not planned."""
         memory = self._layers.memory
-        return None if memory is None else MemoryPlan(self.config, configs, self.forward.dtype.itemsize, memory)
+        return None if memory is None else MemoryPlan(self.config, configs, self.forward.dtype.itemsize, memory, self.ranks.context.size)
 
     def _chunks(
         self, tokens: int, cache: KVCache, configs: list[AttentionConfig], chunk_size: int | None, *, all_logits: bool = False
@@ -259,13 +269,14 @@ class Llama:
         """[start, stop) of the chunks: whole query blocks each, so that chunking cannot change a block decision."""
         if chunk_size is not None and chunk_size < 1:
             raise InvalidInput(f"chunk_size={chunk_size} is no chunk: give at least 1, or None for the default")
-        unit = whole_blocks(configs)
+        unit, sharing = whole_blocks(configs), self.ranks.context.size
         plan = self._plan(configs)
         if chunk_size is None and plan is not None:
             for layer, config in enumerate(configs):
                 cache.running_summary(layer, config)  # takes its memory now, so that what is free then is known
-            chunk_size = plan.chunk_size(tokens, cache.length + tokens, all_logits=all_logits)
-        size = ceil_div(chunk_size or DEFAULT_CHUNK_SIZE, unit) * unit
+            own = plan.chunk_size(ceil_div(tokens, sharing), cache.length + tokens, all_logits=all_logits)
+            chunk_size = min(self.ranks.world.gather_values(own)) * sharing  # devices differ in what is free
+        size = ceil_div(chunk_size or DEFAULT_CHUNK_SIZE * sharing, unit) * unit
         if chunk_size is not None and size != chunk_size:
             warnings.warn(f"chunk_size {chunk_size} is rounded up to {size}, a multiple of the block size {unit}", stacklevel=3)
         return [(start, min(tokens, start + size)) for start in range(0, tokens, size)]

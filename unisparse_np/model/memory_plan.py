@@ -31,12 +31,14 @@ class MemoryPlan:
 
     config: the model's. attentions: one a layer. itemsize: bytes of a number of q, k, v and the activations between products.
     memory: the backend's (`layers.memory`), which knows what is free and what attention takes.
+    context_ranks: processes that share out a chunk's rows and exchange its keys and values; tokens are those of one of them.
     """
 
     config: ModelConfig
     attentions: Sequence[AttentionConfig]
     itemsize: int
     memory: Any
+    context_ranks: int = 1
 
     def cache_bytes(self, capacity: int) -> int:
         """Keys, values and key summaries of `capacity` tokens."""
@@ -55,9 +57,12 @@ class MemoryPlan:
         q = tokens * heads * config.head_dim * item
         qkv = tokens * (heads + 2 * config.num_key_value_heads) * config.head_dim * item
         attention = max(self._attention_bytes(tokens, length, attention) for attention in set(self.attentions))
+        exchange = 0
+        if self.context_ranks > 1:  # own keys and values, those that are sent, and those of all ranks
+            exchange = (2 + self.context_ranks) * 2 * tokens * config.num_key_value_heads * config.head_dim * item
         mlp = tokens * config.intermediate_size * item
         logits = (tokens if all_logits else 1) * config.vocab_size * 4
-        most = max(normed + qkv + q, 2 * q + attention, normed + 3 * mlp, normed + logits)
+        most = max(normed + qkv + q + exchange, 2 * q + attention, normed + 3 * mlp, normed + logits)
         return tokens * config.hidden_size * STREAM_BYTES + most + RESERVE_BYTES
 
     def require(self, capacity: int) -> None:
