@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from ..parallel import Communicator
 from ..problem import ceil_div
+
+TokenIds = Sequence[int] | np.ndarray  # [T]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class ContextSplit:
         """Whether each rank has rows of its own; otherwise every rank computes all of them."""
         return len(self.runs) > 1
 
-    def own_tokens(self, token_ids: Sequence[int]) -> Sequence[int]:
+    def own_tokens(self, token_ids: TokenIds) -> TokenIds:
         """This rank's of the chunk's token ids."""
         return [token_id for start, stop in self.runs for token_id in token_ids[start:stop]] if self.shared else token_ids
 

@@ -10,7 +10,7 @@ from ..errors import CheckpointError
 from ..parallel import ONE_PROCESS, Ranks
 from ..trace import Trace
 from .config import ModelConfig
-from .context_split import ContextSplit
+from .context_split import ContextSplit, TokenIds
 from .kv_cache import KVCache
 from .memory_plan import whole_blocks
 from .sharding import join_vocabulary
@@ -41,7 +41,7 @@ class ForwardPass:
         self._keep_pace = backend.layers.new_pacer()
 
     def hidden(
-        self, token_ids: Sequence[int], cache: KVCache, configs: Sequence[AttentionConfig], *, count: bool, observer: Observer | None = None
+        self, token_ids: TokenIds, cache: KVCache, configs: Sequence[AttentionConfig], *, count: bool, observer: Observer | None = None
     ) -> Any:
         """T ids after those in the cache -> x [T, hidden] before the last norm; the cache holds them then.
 
@@ -51,14 +51,14 @@ class ForwardPass:
         return split.whole(self._layers.xp, x)
 
     def last_hidden(
-        self, token_ids: Sequence[int], cache: KVCache, configs: Sequence[AttentionConfig], *, count: bool, observer: Observer | None = None
+        self, token_ids: TokenIds, cache: KVCache, configs: Sequence[AttentionConfig], *, count: bool, observer: Observer | None = None
     ) -> Any:
         """The same for the last position alone: [1, hidden], a copy."""
         split, x = self._own_rows(token_ids, cache, configs, count, observer)
         return split.last(x)
 
     def _own_rows(
-        self, token_ids: Sequence[int], cache: KVCache, configs: Sequence[AttentionConfig], count: bool, observer: Observer | None
+        self, token_ids: TokenIds, cache: KVCache, configs: Sequence[AttentionConfig], count: bool, observer: Observer | None
     ) -> tuple[ContextSplit, Any]:
         """The rows of x that this rank computes; in one process all of them."""
         layers = self._layers
