@@ -101,6 +101,7 @@ class Kernel:
         return types.SimpleNamespace(ptr=handle)
 
     def __call__(self, grid: tuple, block: tuple, arguments: tuple, shared_mem: int = 0) -> None:
+        Kernel.launched.append(self.name)
         values = [_argument(x) for x in arguments]
         if Stream.recording is not None:
             Stream.recording.append((self, values, grid, block, shared_mem, arguments))
@@ -109,7 +110,6 @@ class Kernel:
 
     def launch(self, pointers: Any, given: int, x: int, y: int, threads: int, shared_mem: int) -> None:
         """Run the kernel with the parameters that `given` pointers point to (a negative count is not checked)."""
-        Kernel.launched.append(self.name)
         built = library(Kernel.folder, self.file, self.name, self.defines)
         declared = built.shared_bytes_of_source()
         assert declared in (-1, shared_mem) or self.name == "merge_scores", (
@@ -128,7 +128,9 @@ def run(kernel: Kernel, values: list[Any], grid: tuple, block: tuple, shared_mem
 def launch_kernel(handle: int, x: int, y: int, z: int, threads: int, _y: int, _z: int, shared: int, _stream: int, at: int, _: int) -> None:
     """cupy.cuda.driver.launchKernel: parameters from an array of pointers at an address."""
     assert Stream.recording is None, "the stand-in records launches of RawKernels only"
-    Kernel.by_handle[handle].launch(ctypes.c_void_p(at), -1, x, y, threads, shared)
+    kernel = Kernel.by_handle[handle]
+    Kernel.launched.append(kernel.name)
+    kernel.launch(ctypes.c_void_p(at), -1, x, y, threads, shared)
 
 
 class Graph:
@@ -274,7 +276,7 @@ def _module(capability: str) -> types.ModuleType:
     )
     for function in functions:
         setattr(module, function, _viewing(getattr(np, function)))
-    module.asnumpy = np.asarray  # type: ignore[attr-defined]
+    module.asnumpy = np.array  # type: ignore[attr-defined]
     module.RawModule = RawModule  # type: ignore[attr-defined]
     module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
