@@ -159,8 +159,8 @@ def test_poison_a_query_may_not_see_does_not_reach_it(dense):
 
 PLANTED = {
     "a key too many is visible": ("decode_attention.cu", "position[k] <= rows.last[n][e]", "position[k] <= rows.last[n][e] + 1"),
-    "another head's blocks": ("decode_attention.cu", "TILE + lane, (uint32_t)entry.y}", "TILE + lane, 0xffffffffu}"),
-    "anchors of selected blocks": ("decode_attention.cu", "key.rows = ~rows_that_selected", "key.rows = rows_that_selected"),
+    "another head's blocks": ("decode_work.cuh", "TILE + lane, (uint32_t)entry.y}", "TILE + lane, 0xffffffffu}"),
+    "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~rows_that_selected", "key.rows = rows_that_selected"),
     "a split is left out": ("decode_attention.cu", "for (int i = 0; i < share.count; ++i)", "for (int i = 1; i < share.count; ++i)"),
     "an old maximum": ("decode_attention.cu", "      rows.max[n][e] = highest;\n", ""),
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),

@@ -5,10 +5,8 @@
 //      keys at a time, keys and values go from global memory straight into the operands of mma.sync (few_rows.cuh); the loads of
 //      the next 16 are issued as soon as the registers of these are free
 //
-// Work. A group is the ROWS query rows (query head, query) that one thread block can hold; most often all rows of a KV head. KeyWalk of
-// 16 keys are dealt out evenly: each group gets thread blocks in proportion to its tiles, each of them an even share of the
-// group's selected tiles and of its anchors. The last thread block of a group to finish merges what all of them found, always in
-// the same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
+// Who does what: decode_work.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
+// same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
 // replays at any length.
 //
 // Only blocks that some row of the group selected are read. A row that did not select one gives its keys a weight of 0, and 0 * NaN is
@@ -16,124 +14,12 @@
 //
 // Shared memory: merge area { outputs [WARPS][ROWS][HEAD_DIM], later weights [ROWS][gridDim.x] }, {max, sum} [WARPS][ROWS], the query
 // rows [ROW_TILES][ROWS_BYTES], list of selected blocks [list_room] {block, rows that see it}, tiles of each group [groups].
+#include "decode_work.cuh"
 #include "few_rows.cuh"
 #include "one_row.cuh"
 
-#define WARPS 6
 #define THREADS (32 * WARPS)
-#define ROWS (8 * ROW_TILES)
-#define TILE 16  // keys
 #define LN_2 0.6931471805599453f
-
-struct Group {  // some query rows of one KV head: n = 0 .. count - 1 are rows first_row + n of its G * q_len, query heads first
-  int kv_head, first_row, count;
-
-  DEVICE Group(const Shape& shape, int index) {
-    const int rows = shape.num_q_heads / shape.num_kv_heads * shape.q_len, parts = ceil_div(rows, ROWS);
-    kv_head = index / parts;
-    first_row = index % parts * ROWS;
-    count = min(ROWS, rows - first_row);
-  }
-  DEVICE int head(const Shape& shape, int n) const { return kv_head * (shape.num_q_heads / shape.num_kv_heads) + (first_row + n) / shape.q_len; }
-  DEVICE int query(const Shape& shape, int n) const { return (first_row + n) % shape.q_len; }
-};
-
-// Which rows of the group selected key block `block`: bit n for row n.
-DEVICE uint32_t rows_that_selected(const uint32_t* words, const Shape& shape, const Group& group, int block, int visible) {
-  uint32_t rows = 0;
-  for (int n = 0; n < group.count; ++n) rows |= (selected_word(words, shape, group.head(shape, n), 0, block >> 5, visible) >> (block & 31) & 1) << n;
-  return rows;
-}
-
-// Word w of the blocks that some row of the group selected.
-DEVICE uint32_t word_of_group(const uint32_t* words, const Shape& shape, const Group& group, int w, int visible) {
-  uint32_t any = 0;
-  for (int head = group.head(shape, 0); head <= group.head(shape, group.count - 1); ++head) any |= selected_word(words, shape, head, 0, w, visible);
-  return any;
-}
-
-struct Share {  // thread block `index` of the `count` that work on a group, the first of which is thread block `first`
-  int group, index, count, first;
-};
-
-// Deals out the thread blocks; group is -1 where nothing is left to do. tiles [groups] in shared memory.
-DEVICE Share deal(const int* tiles, int groups) {
-  int64_t total = 0;
-  for (int g = 0; g < groups; ++g) total += tiles[g];
-  int first = 0;
-  for (int g = 0; g < groups; ++g) {
-    const int fair = total ? 1 + (int)((int64_t)((int)gridDim.x - groups) * tiles[g] / total) : 1;
-    const int count = max(1, min(fair, ceil_div(tiles[g], WARPS)));
-    if ((int)blockIdx.x < first + count) return {g, (int)blockIdx.x - first, count, first};
-    first += count;
-  }
-  return {-1, 0, 0, 0};
-}
-
-struct Part {  // [start, stop) of `count` things for this share
-  int start, stop;
-  DEVICE Part(int count, const Share& share)
-      : start((int)((int64_t)count * share.index / share.count)), stop((int)((int64_t)count * (share.index + 1) / share.count)) {}
-};
-
-// One warp writes {block, rows that see it} of the selected blocks number first .. last (counted from 0) to list.
-DEVICE void list_blocks(int2* list, int first, int last, const uint32_t* words, const Shape& shape, const Group& group, int visible) {
-  const int lane = threadIdx.x & 31;
-  int before = 0;
-  for (int w0 = 0; 32 * w0 < visible && before <= last; w0 += 32) {
-    uint32_t bits = word_of_group(words, shape, group, w0 + lane, visible);
-    int rank = __popc(bits), sum;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, rank, step);
-      if (lane >= step) rank += other;
-    }
-    sum = __shfl_sync(0xffffffffu, rank, 31);
-    rank += before - __popc(bits);
-    for (; bits; bits &= bits - 1, ++rank) {
-      if (rank < first || rank > last) continue;
-      const int block = 32 * (w0 + lane) + __ffs(bits) - 1;
-      list[rank - first] = make_int2(block, (int)rows_that_selected(words, shape, group, block, visible));
-    }
-    before += sum;
-  }
-}
-
-struct Key { int position; uint32_t rows; };  // lanes l and l + 16: key l of a tile, -1 where there is none, and the rows that see it
-
-// The tiles of one share: selected ones first, then anchors.
-struct KeyWalk {
-  const Shape& shape;
-  const Group& group;
-  const uint32_t* words;
-  const int* anchors;  // [Nk, r] of this KV head
-  const int2* list;
-  Part selected, of_anchors;
-  int visible_keys, visible;
-
-  DEVICE int count() const { return selected.stop - selected.start + of_anchors.stop - of_anchors.start; }
-
-  DEVICE Key at(int i) const {
-    const int lane = threadIdx.x & 15, tile = selected.start + i;
-    if (tile >= selected.stop) return anchor((tile - selected.stop + of_anchors.start) * TILE + lane);
-    Key key = {tile * TILE + lane, 0xffffffffu};
-    if (words) {
-      const int per_block = shape.block_size / TILE;
-      const int2 entry = list[tile / per_block - selected.start / per_block];
-      key = {entry.x * shape.block_size + tile % per_block * TILE + lane, (uint32_t)entry.y};
-    }
-    if (key.position >= visible_keys) key.position = -1;
-    return key;
-  }
-  DEVICE Key anchor(int n) const {  // the n-th of this KV head: seen by the rows that did not select its block
-    const int block = n / shape.key_anchors;
-    Key key = {-1, 0};
-    if (block >= visible) return key;
-    key.rows = ~rows_that_selected(words, shape, group, block, visible) & ((1u << group.count) - 1);
-    const int position = anchors[n];
-    if (key.rows && position < visible_keys) key.position = position;
-    return key;
-  }
-};
 
 struct Rows {  // what a lane knows of the two rows 2 t and 2 t + 1 of each row tile
   int last[ROW_TILES][2];  // key position that the row sees last; -1 for a row that does not exist
@@ -141,7 +27,7 @@ struct Rows {  // what a lane knows of the two rows 2 t and 2 t + 1 of each row 
 };
 
 // Scores of 16 keys to weights, with the running maxima; shrink[n][e] is what earlier outputs of the row are worth now.
-DEVICE void soften(float (&z)[ROW_TILES][4], float (&shrink)[ROW_TILES][2], Rows& rows, Key key, float scale_log2) {
+DEVICE void softmax_step(float (&z)[ROW_TILES][4], float (&shrink)[ROW_TILES][2], Rows& rows, Key key, float scale_log2) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int position[2];
   uint32_t seen_by[2];
@@ -316,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
       next = tiles.at(i + WARPS);
       load_keys(k, k_cache, next);
     }
-    soften(z, shrink, rows, key, shape.scale_log2);
+    softmax_step(z, shrink, rows, key, shape.scale_log2);
 #pragma unroll
     for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
