@@ -220,6 +220,11 @@ def element(dtype: Any) -> dict[str, int]:
     return {"IS_FLOAT16": int(dtype == np.float16), "IS_FLOAT32": int(dtype == np.float32)}
 
 
+def threads_of_row(width: int) -> int:
+    """THREADS of layers.cu for rows of this width, each thread 8 neighbours."""
+    return min(ROW_THREADS, ceil_div(width, 256) * 32)
+
+
 def _rotary_kernel(name: str, shared: int, dim: int, dtype: Any, block_size: int, q_compress: int, k_compress: int, warps: int) -> Any:
     return kernel(
         "rotary.cu", name, shared, **element(dtype), HEAD_DIM=dim, BLOCK_SIZE=block_size, Q_COMPRESS=q_compress, K_COMPRESS=k_compress,
@@ -230,6 +235,6 @@ def _rotary_kernel(name: str, shared: int, dim: int, dtype: Any, block_size: int
 def _by_rows(name: str, out: Any, dtype: Any, arguments: tuple[Any, ...]) -> None:
     """Launch a kernel of layers.cu over out [T, n], each thread 8 neighbours of a row."""
     rows, width = out.shape
-    threads = min(ROW_THREADS, ceil_div(width, 256) * 32)
+    threads = threads_of_row(width)
     function = kernel("layers.cu", name, 0, **element(dtype), WIDTH=width, THREADS=threads)
     function((rows, ceil_div(width, 8 * threads)), (threads,), arguments)

@@ -90,3 +90,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_rows(const Element* __
   for (int i = 0; i < 8; ++i) row[i] += add[i];
   write_row<WIDTH>(x + (int64_t)blockIdx.x * WIDTH, column, row);
 }
+
+// The token and position that the launches of one decode step read.
+extern "C" __global__ void set_step(int* __restrict__ token_and_position, int token, int position) {
+  token_and_position[0] = token;
+  token_and_position[1] = position;
+}
