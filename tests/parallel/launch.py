@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -30,8 +31,19 @@ def missing() -> str | None:
 needs_mpi = pytest.mark.skipif(missing() is not None, reason=f"several ranks cannot start: {missing()}")
 
 
-def run_ranks(count: int, *arguments: str, **options: object) -> subprocess.CompletedProcess:
+def start_ranks(count: int, *arguments: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen:
     """`python ARGUMENTS` on so many ranks, one thread each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [str(mpiexec()), "-n", str(count), sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, cwd=ROOT, **options)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, env=environment, cwd=ROOT)
+
+
+def run_ranks(count: int, *arguments: str, input: str = "") -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    with start_ranks(count, *arguments) as process:
+        try:
+            output, errors = process.communicate(input, timeout=TIMEOUT)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
