@@ -346,6 +346,47 @@ def test_statistics(tokenizer):
     assert 2**20 < s.peak_memory_bytes <= peak_memory_bytes()
 
 
+def test_statistics_of_a_device(tokenizer):
+    """Peak memory is the device's own; of the compile time only what this answer waited for counts."""
+    model = ScriptedModel([EOS])
+    seconds = iter([2.0, 2.5])
+    model.backend = SimpleNamespace(
+        layers=SimpleNamespace(memory=SimpleNamespace(peak_bytes=lambda: 77)), compile_seconds=lambda: next(seconds)
+    )
+    (piece,) = stream_generate(model, tokenizer, [5, 6, 7])
+    assert (piece.statistics.device_peak_memory_bytes, piece.statistics.compile_seconds) == (77, 0.5)
+
+
+def test_a_backend_s_own_sampler_chooses(tokenizer):
+    given = []
+
+    def new_sampler(*settings):
+        given.append(settings)
+        return lambda logits, ids: EOS
+
+    model = ScriptedModel([5])
+    model.backend = SimpleNamespace(layers=SimpleNamespace(memory=None), new_sampler=new_sampler)
+    pieces = list(stream_generate(model, tokenizer, [5, 6, 7], temperature=0.5, top_k=3, seed=1))
+    assert pieces[-1].finish_reason == "eos" and given == [(0.5, 3, 1.0, 0.0, 1.0, 1, VOCAB)]
+    with pytest.raises(InvalidInput, match="temperature"):
+        stream_generate(model, tokenizer, [5, 6, 7], temperature=-1)
+
+
+@pytest.mark.parametrize("ending", ["last piece", "left early", "error"])
+def test_the_cache_is_released_however_it_ends(tokenizer, ending):
+    model = ScriptedModel([5] * 20)
+    pieces = stream_generate(model, tokenizer, [5, 6, 7], max_tokens=3 if ending == "last piece" else 50)
+    if ending == "last piece":
+        list(pieces)
+    elif ending == "left early":
+        next(pieces)
+        pieces.close()
+    else:
+        with pytest.raises(RuntimeError):  # the script ends before the answer
+            list(pieces)
+    assert model.released == [True]
+
+
 # ---- the real thing ----
 def test_the_example_model_answers():
     command = [sys.executable, str(EXAMPLE / "tasks.py"), "niah_single_1", "1024", "1"]

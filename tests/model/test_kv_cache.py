@@ -1,5 +1,7 @@
 """The cache: filled from the front without moving, each key pooled once."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -110,3 +112,21 @@ def test_memory_that_cannot_be_had_is_a_sentence():
     config = ModelConfig.from_dict(load_case("llama_transformers5").config)
     with pytest.raises(InvalidInput, match="does not fit this machine's memory"):
         KVCache(config, 1 << 45, load_backend("reference"), np.float32)
+
+
+def test_memory_that_a_device_lacks_is_a_sentence_with_what_would_fit(monkeypatch):
+    config, backend = ModelConfig.from_dict(load_case("llama_transformers5").config), load_backend("reference")
+    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    monkeypatch.setattr(backend.layers, "memory", SimpleNamespace(free_bytes=lambda: 100 * bytes_per_token + 7))
+    with pytest.raises(InvalidInput, match="does not fit the GPU's memory: at most 100 would fit"):
+        KVCache(config, 1 << 45, backend, np.float32)
+
+
+def test_a_released_cache_keeps_its_densities_alone(cache):
+    fill(cache, np.ones((2, 2, 8, 16)), CONFIG)
+    cache.add_counts(0, Trace("some", 3.0, 4, None))
+    cache.add_counts(1, Trace("some", 1.0, 4, None))
+    cache.decoders["dense"] = object()
+    cache.release()
+    assert cache.densities() == [0.75, 0.25]
+    assert cache._keys is None and cache._values is None and cache.decoders == {} and cache._summaries == [{}, {}]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.llama_checkpoints import CASES, load_case, write_checkpoint
-from unisparse_np import InvalidInput, UniSparseConfig
+from unisparse_np import CheckpointError, InvalidInput, UniSparseConfig
 from unisparse_np.attention import load_backend
 from unisparse_np.model.config import ModelConfig
 from unisparse_np.model.llama import Llama
@@ -199,6 +199,61 @@ def test_a_chunk_size_is_rounded_up_to_whole_blocks_and_says_so(make_model):
         warnings.simplefilter("error")
         model.logits(list(range(40)), SMALL_BLOCKS, chunk_size=32)
         model.logits(list(range(40)), "dense", chunk_size=7)
+
+
+def test_not_finite_numbers_are_reported_where_they_first_appear(make_model, tmp_path):
+    name = "llama_transformers5"
+    ids = load_case(name).token_ids.tolist()
+    make_model(name)
+    config = ModelConfig.from_folder(tmp_path)
+    backend = load_backend("reference")
+    model = Llama(config, load_weights(tmp_path, config, backend.layers, "float32"), backend, check_finite=True)
+    cache = model.new_cache(len(ids))
+    model.prefill(ids[:20], cache, "dense")
+    model.weights.layers[1].down[7, 7] = np.inf
+    with pytest.raises(CheckpointError, match="first appear after the MLP of layer 1, at token 20 of the text"):
+        model.prefill(ids[20:], cache, "dense")
+    model.weights.embedding[3] = np.nan
+    with pytest.raises(CheckpointError, match="first appear after the embedding, at token 20"):
+        model.step(3, cache, "dense")
+
+
+def test_a_backend_s_decoder_takes_the_steps_and_lives_in_the_cache(make_model):
+    """Where a backend makes decoders, each attention gets one a cache, unless it has none for these shapes."""
+    made = []
+
+    class Decoder:
+        def __init__(self, config, weights, cache, configs):
+            made.append(configs)
+            self.cache = cache
+
+        def step(self, token_id):
+            for layer in range(2):
+                for room in self.cache.room(layer, 1):
+                    room[...] = 0
+            self.cache.advance(1)
+            return np.full(4, token_id, np.float32)
+
+    model = make_model("llama_transformers5")
+    model._new_decoder = lambda *arguments: Decoder(*arguments) if arguments[3][0] == "dense" else None
+    cache = model.new_cache(20, SMALL_BLOCKS)
+    model.prefill([1, 2, 3], cache, SMALL_BLOCKS)
+    assert model.step(7, cache, "dense")[0] == model.step(7, cache, "dense")[0] == 7
+    assert model.step(7, cache, SMALL_BLOCKS).shape == (96,)  # layer by layer
+    assert (len(made), cache.length) == (1, 6)
+    cache.release()
+    assert cache.decoders == {}
+
+
+def test_memory_that_runs_out_is_one_sentence(make_model, monkeypatch):
+    model = make_model("llama_transformers5")
+
+    def no_memory(*_):
+        raise MemoryError("Unable to allocate 3 GiB")
+
+    monkeypatch.setattr(model.backend.layers, "swiglu", no_memory)
+    with pytest.raises(InvalidInput, match=r"memory ran out while 3 tokens were read at once \(Unable to allocate 3 GiB\): give a smaller"):
+        model.prefill([1, 2, 3], model.new_cache(3), "dense")
 
 
 # ---- what is refused, before any work ----

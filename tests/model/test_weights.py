@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -92,6 +93,31 @@ def test_stored_rotary_frequencies_are_tolerated(folder):
     read(folder)
 
 
+def test_progress_counts_bytes_as_held(sharded):
+    seen: list[tuple[int, int]] = []
+    config = ModelConfig.from_folder(sharded)
+    loaded = load_weights(sharded, config, load_backend("reference").layers, "bfloat16", lambda *update: seen.append(update))
+    assert len(seen) == len(CASE.tensors)
+    done = [update[0] for update in seen]
+    assert done == sorted(done) and seen[-1][0] == seen[-1][1]
+    fields = [value for part in (loaded, *loaded.layers) for value in vars(part).values() if isinstance(value, np.ndarray)]
+    assert seen[-1][1] == sum(array.nbytes for array in fields)
+
+
+def test_a_tensor_is_read_in_pieces_that_make_the_whole(folder, monkeypatch):
+    whole = read(folder, "float16")
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1000)  # 3 rows of 64
+    np.testing.assert_array_equal(read(folder, "float16").layers[0].gate_up, whole.layers[0].gate_up)
+
+
+def test_weights_that_do_not_fit_a_device_are_refused_before_any_is_read(folder, monkeypatch):
+    config, layers = ModelConfig.from_folder(folder), load_backend("reference").layers
+    monkeypatch.setattr(layers, "memory", SimpleNamespace(free_bytes=lambda: 1 << 16))
+    monkeypatch.setattr(weights_module, "_read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(CheckpointError, match=r"the checkpoint needs 0.0 GiB as float32, and the GPU has 0.0 GiB free: end what else"):
+        load_weights(folder, config, layers)
+
+
 # ---- broken ----
 def truncate(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
@@ -166,6 +192,16 @@ def test_many_missing_tensors_are_counted(folder):
     rewrite(folder, **{name: None for name in CASE.tensors if ".layers.1." in name})
     with pytest.raises(CheckpointError, match="and 5 more, which a llama model"):
         read(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_weight_that_is_not_finite_is_found_in_every_precision(folder, dtype):
+    for bad in (np.nan, np.inf, -np.inf):
+        values = random_tensor(Q_PROJ, CASE.tensors[Q_PROJ]).astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
+        values[3, 5] = bad
+        rewrite(folder, **{Q_PROJ: values})
+        with pytest.raises(CheckpointError, match=f"{Q_PROJ} holds NaN or infinite weights"):
+            read(folder, dtype)
 
 
 def test_a_weight_beyond_float16_is_refused_rather_than_made_infinite(folder):
