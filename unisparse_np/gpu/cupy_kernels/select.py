@@ -60,8 +60,8 @@ def rules(plan: Plan) -> tuple[Any, Any]:
     """top_p [Hc] float64 and row_threshold [Hc] float32 on the device, None where a rule is off."""
     config, heads = plan.problem.config, plan.problem.num_composite_heads
     return (
-        None if config.top_p is None else _per_head(config.top_p, heads, "float64"),
-        None if config.row_threshold is None else _per_head(config.row_threshold, heads, "float32"),
+        None if config.top_p is None else per_head(config.top_p, heads, "float64"),
+        None if config.row_threshold is None else per_head(config.row_threshold, heads, "float32"),
     )
 
 
@@ -82,7 +82,7 @@ def to_bool(mask: BlockMask, problem: Problem) -> Any:
     return cupy.repeat(rows, mask.heads_per_row, axis=0)
 
 
-def _per_head(value: PerHead, heads: int, dtype: str) -> Any:
+def per_head(value: PerHead, heads: int, dtype: str) -> Any:
     """One share a composite head on the device, ready for any stream, or a null pointer where the rule is off."""
     return np.uint64(0) if value is None else _shares(value, heads, dtype, cupy.cuda.runtime.getDevice())
 
