@@ -1,0 +1,136 @@
+"""The model's layers on a real device, against the reference's in float64, and pooling to the bit."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from unisparse_np import Problem, UniSparseConfig
+from unisparse_np.reference import layers as reference
+
+pytestmark = pytest.mark.gpu
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+ROUNDING = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a result, relative: half a step, and the sums before it
+DTYPES = pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)], ids=lambda x: x.name)
+
+
+def engine():
+    from unisparse_np.gpu import cupy_kernels
+
+    return cupy_kernels
+
+
+def normal(cupy, seed, *shape, dtype=np.float32):
+    return cupy.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def wide(x):
+    return np.asarray(x.get(), dtype=np.float64)
+
+
+def assert_rounded(found, expected, dtype, size=1.0):
+    """Within one rounding to dtype of the exact result; `size` bounds the terms of the sums behind it."""
+    assert found.dtype == dtype
+    error = np.abs(wide(found) - expected) - ROUNDING[np.dtype(dtype).name] * np.abs(expected)
+    assert error.max() <= 2.0**-20 * size
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 77])
+@pytest.mark.parametrize("width", [50, 576, 4096, 14336])
+def test_layers_between_products(cupy, dtype, tokens, width):
+    layers = engine().layers
+    table, weight = normal(cupy, 0, 300, width, dtype=dtype), normal(cupy, 1, width)
+    ids = np.random.default_rng(2).integers(0, 300, tokens).tolist()
+    x = layers.embedding(table, ids, dtype)
+    np.testing.assert_array_equal(x.get(), table.get()[ids].astype(np.float32))
+    assert_rounded(layers.rms_norm(x, weight, 1e-5, dtype), reference.rms_norm(wide(x), wide(weight), 1e-5, np.float64), dtype)
+    gate_up = normal(cupy, 3, tokens, 2 * width, dtype=dtype)
+    assert_rounded(layers.swiglu(gate_up), reference.swiglu(wide(gate_up)), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 130])
+@pytest.mark.parametrize(("inner", "rows"), [(50, 7), (576, 960), (4096, 1024), (14336, 259), (2304, 40000)])
+def test_products(cupy, dtype, tokens, inner, rows):
+    layers = engine().layers
+    y, weight = normal(cupy, 3, tokens, inner, dtype=dtype), normal(cupy, 4, rows, inner, dtype=dtype)
+    stream = normal(cupy, 6, tokens, rows)
+    bias = cupy.asarray(normal(cupy, 5, rows, dtype=dtype).get().astype(np.float32))
+    expected = wide(y) @ wide(weight).T
+    assert_rounded(layers.linear(y, weight), expected, dtype, inner)
+    assert_rounded(layers.linear(y, weight, bias), expected + wide(bias), dtype, inner)
+    assert_rounded(layers.head(y, weight), expected, np.float32, inner)
+    for given in (None, bias):
+        x = stream.copy()
+        layers.add_linear(x, y, weight, given)
+        assert_rounded(x, wide(stream) + expected + (0 if given is None else wide(given)), np.float32, inner)
+        again = stream.copy()
+        layers.add_linear(again, y, weight, given)
+        np.testing.assert_array_equal(x.get(), again.get())
+
+
+@DTYPES
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dim", [6, 16, 32, 64, 80, 96, 100, 128, 256])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "tokens", "start"), [(4, 4, 1, 1000), (6, 2, 203, 131000), (8, 1, 517, 0)])
+def test_rotate_heads(cupy, dtype, normed, dim, q_heads, kv_heads, tokens, start):
+    layers = engine().layers
+    inv_freq = (1.0 / 500000 ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
+    qkv = normal(cupy, 0, tokens, q_heads + 2 * kv_heads, dim, dtype=dtype)
+    norms = (normal(cupy, 1, dim), normal(cupy, 2, dim), 1e-6) if normed else None
+    keys, values = (cupy.zeros((kv_heads, tokens + 9, dim), dtype) for _ in range(2))
+    table = layers.rotary_table(inv_freq, start, tokens, 1.25, dtype)
+    q, q_composites = layers.rotate_heads(qkv, table, norms, keys[:, 4 : 4 + tokens], values[:, 4 : 4 + tokens], "dense", None)
+    assert q_composites is None
+    k = np.empty((kv_heads, tokens, dim))
+    v = np.empty_like(k)
+    exact_table = reference.rotary_table(inv_freq, start, tokens, 1.25, np.dtype(np.float64))
+    exact_norms = None if norms is None else (wide(norms[0]), wide(norms[1]), norms[2])
+    expected, _ = reference.rotate_heads(wide(qkv), exact_table, exact_norms, k, v, "dense", None)
+    assert_rounded(q, expected, dtype, 16)
+    assert_rounded(keys[:, 4 : 4 + tokens], k, dtype, 16)
+    np.testing.assert_array_equal(wide(values[:, 4 : 4 + tokens]), v)
+    for x in (keys, values):
+        assert not x[:, :4].get().any()
+        assert not x[:, 4 + tokens :].get().any()
+
+
+def configs():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        size = int(rng.choice([64, 128, 256]))
+        group, kv_heads = [(1, 1), (2, 1), (1, 3), (4, 2), (3, 2), (4, 8)][rng.integers(6)]
+        heads = group * kv_heads
+        legal = [c for c in range(1, heads + 1) if heads % c == 0 and (group % c == 0 or c % group == 0)]
+        q, k = (int(2 ** rng.integers(0, 7)) for _ in range(2))
+        config = UniSparseConfig(size, q, k, int(rng.choice(legal)), key_anchors=int(rng.integers(9)))
+        yield config, heads, kv_heads, int(rng.choice([64, 80, 96, 128, 256])), int(rng.integers(1, 6 * size)), int(rng.integers(4))
+
+
+@pytest.mark.parametrize(
+    "case", configs(), ids=lambda x: f"{x[0].block_size}-{x[0].q_compress}-{x[0].k_compress}-{x[0].head_compress}-d{x[3]}"
+)
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16)], ids=lambda x: x.name)
+def test_pooling_is_that_of_compress_to_the_bit(cupy, case, dtype):
+    config, q_heads, kv_heads, dim, tokens, earlier_blocks = case
+    backend = engine()
+    start = earlier_blocks * config.block_size
+    shape = (config, q_heads, kv_heads, dim, start + tokens + 64, dtype)
+    running, whole = backend.RunningKeySummary(*shape), backend.RunningKeySummary(*shape)
+    keys, values = (normal(cupy, seed, kv_heads, start + tokens + 64, dim, dtype=dtype) for seed in (1, 2))
+    running.extend(keys[:, :start])
+    qkv = normal(cupy, 0, tokens, q_heads + 2 * kv_heads, dim, dtype=dtype)
+    inv_freq = (1.0 / 10000 ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
+    table = backend.layers.rotary_table(inv_freq, start, tokens, 1.0, dtype)
+    room = slice(start, start + tokens)
+    q, q_composites = backend.layers.rotate_heads(qkv, table, None, keys[:, room], values[:, room], config, running)
+    whole.extend(keys[:, : start + tokens])
+    problem = Problem(q_heads, kv_heads, tokens, start + tokens, dim, config)
+    qc, _ = backend.compress(q, keys[:, : start + tokens], problem)
+    np.testing.assert_array_equal(q_composites.get(), qc.astype(np.float16).get())
+    for _ in range(2):
+        for found, expected in zip(running.summary(), whole.summary(), strict=True):
+            np.testing.assert_array_equal(found.get(), expected.get())
+        running.extend(keys[:, start + tokens :])
+        whole.extend(keys[:, start + tokens :])
