@@ -71,6 +71,13 @@ def test_refusals_are_said_once(count, arguments, code, words):
     assert "Traceback" not in done.stderr and "Abort" not in done.stderr
 
 
+@needs_mpi
+def test_env_lists_the_ranks():
+    done = run_ranks(2, "-m", "unisparse_np", "env")
+    assert done.returncode == 0, done.stderr
+    assert [f"{rank} on {platform.node()}, GPUs there:" in done.stdout for rank in range(3)] == [True, True, False]
+
+
 def test_one_process_is_told_how_to_start_several():
     refused = CliRunner().invoke(main, [*PROMPT, "--tensor-parallel", "4"])
     assert refused.exit_code == 2 and "mpirun -n 4 unisparse-np" in refused.stderr

@@ -13,12 +13,15 @@ from typing import Any
 
 import click
 
+from ..parallel import world
 from ..version import __version__
 
 _LIBRARIES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "threadpoolctl")
 _OPTIONAL = {  # what it gives -> (distributions, any of which provides it; how to get it)
     "CuPy, the fast GPU backend": (("cupy-cuda12x", "cupy-cuda13x", "cupy"), 'pip install "unisparse-np[gpu]"'),
     "Numba CUDA, the readable GPU backend": (("numba-cuda",), 'pip install "unisparse-np[gpu]"'),
+    "mpi4py, for several processes": (("mpi4py",), 'pip install "unisparse-np[mpi]"'),
+    "NCCL, for several GPUs": (("nvidia-nccl-cu12", "nvidia-nccl-cu13"), 'pip install "unisparse-np[multi-gpu]"'),
     "gguf, which convert reads with": (("gguf",), 'pip install "unisparse-np[gguf]"'),
     "matplotlib, for pictures": (("matplotlib",), 'pip install "unisparse-np[plot]"'),
 }
@@ -30,9 +33,9 @@ _GPU_FIELDS = {"name": "name", "memory": "memory.total", "driver": "driver_versi
 def env(as_json: bool) -> None:
     """Show versions, processor, memory and GPU, and how to get what is missing.
 
-    Worth pasting into a bug report.
+    Worth pasting into a bug report. Under mpirun it also lists the processes and their machines.
     """
-    facts = collect()
+    facts = collect() | {"ranks": world().gather_values({"host": platform.node(), "gpus": len(gpus())})}
     click.echo(json.dumps(facts) if as_json else as_text(facts))
 
 
@@ -55,7 +58,7 @@ def collect() -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """What `collect` found, a line each."""
+    """What `collect` found and the ranks, a line each."""
     rows = [
         ("unisparse-np", facts["unisparse_np"]),
         ("python", f"{facts['python']} on {facts['platform']}"),
@@ -70,6 +73,8 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     if not facts["gpus"]:
         rows.append(("GPU", "none found (nvidia-smi lists none): the reference backend, NumPy, runs without one"))
+    if len(facts["ranks"]) > 1:
+        rows += [("rank", f"{rank} on {place['host']}, GPUs there: {place['gpus']}") for rank, place in enumerate(facts["ranks"])]
     lines = [f"{label:<14} {value}" for label, value in rows]
     lines += ["", "optional:"]
     lines += [
