@@ -12,7 +12,6 @@ from .device import kernel, num_multiprocessors
 from .select import BlockMask, per_head
 from .shapes import element_strides, shape_of, words_per_row
 
-NULL = np.uint64(0)
 SCORE_WARPS, SELECT_WARPS, ROW_BYTES = 16, 16, 512  # of decode_select.cu and few_rows.cuh
 
 
@@ -40,8 +39,8 @@ class DecodeSelector:
         self._shape = shape_of(problem, config.head_compress, config.key_anchors)
         self._scores = cupy.empty((problem.num_composite_heads, problem.num_k_composites), np.float32)
         self._rules = (
-            NULL if config.top_p is None else per_head(config.top_p, problem.num_composite_heads, "float64"),
-            NULL if config.row_threshold is None else per_head(config.row_threshold, problem.num_composite_heads, "float32"),
+            per_head(config.top_p, problem.num_composite_heads, "float64"),
+            per_head(config.row_threshold, problem.num_composite_heads, "float32"),
         )
         columns = problem.num_composite_kv_heads * ceil_div(heads, 8 * row_tiles)
         self._score_grid = 1 + max(1, ceil_div(num_multiprocessors() * 2, columns) - 1), columns
