@@ -36,6 +36,19 @@ def test_two_configs_as_json(tmp_path: Path) -> None:
     assert '"block_size":64' in page.read_text() and '"block_size":32' in page.read_text()
 
 
+def test_the_config_file_beside_the_model_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in NEEDLE_LLAMA.glob("*.*"):
+        (model / path.name).symlink_to(path)
+    (model / "unisparse.json").write_text(json.dumps({"block_size": 32, "q_compress": 4, "k_compress": 4}))
+    result = CliRunner().invoke(main, ["inspect", "-m", str(model), "--raw", "--text", TEXT, "--local-blocks", "0"])
+    assert "density in percent of the blocks (100 is dense), unisparse.json --local-blocks 0" in result.stdout
+    assert f"attention {model / 'unisparse.json'} (--preset default passes it by)" in result.stderr
+    result = CliRunner().invoke(main, ["inspect", "-m", str(model), "--raw", "--text", TEXT, *FLAGS, "--preset", "default"])
+    assert "unisparse.json" not in result.stdout + result.stderr
+
+
 def test_explain_writes_the_page_at_its_block(tmp_path: Path) -> None:
     page = tmp_path / "block.html"
     result = run("--text", TEXT, "--layer", "1", "--head", "3", "--block", "2", "--html", str(page), command="explain")

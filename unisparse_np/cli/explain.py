@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .inspect import capture_reading, flags_text, page_of
+from .inspect import attention_label, capture_reading, page_of
 from .options import SectionedCommand, flag, in_section, output_options, prefill_attention_options, run_options
 from .progress import PrefillBar
 from .reading import open_reading, prompt_options
@@ -51,6 +51,7 @@ def explain(layer: int | None, head: int, block: int, html: str | None, as_json:
     if page is not None:
         from ..inspection.report_page import Focus
 
-        captured = capture_reading(reading, reading.attention, flags_text(reading_flags["attention_flags"]), None, True, quiet)
+        label = attention_label(reading_flags["model_dir"], reading_flags["attention_flags"])
+        captured = capture_reading(reading, reading.attention, label, None, True, quiet)
         write_whole(page, page_of([captured], reading, Focus(walked.layer, walked.head, walked.block)))
     click.echo(json.dumps(walked.as_dict()) if as_json else walkthrough_text(walked, reading.token_ids, reading.tokenizer))

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config_file import CONFIG_FILE
 from ..errors import InvalidInput
-from .options import SectionedCommand, flag, in_section, output_options, prefill_attention_options, resolve_attention, run_options
+from .options import (
+    SectionedCommand,
+    config_file_decides,
+    flag,
+    in_section,
+    output_options,
+    prefill_attention_options,
+    resolve_attention,
+    run_options,
+)
 from .progress import PrefillBar
 from .reading import Reading, check_prompt, open_reading, prompt_options
 
@@ -61,7 +71,7 @@ def inspect(
         raise InvalidInput("--no-truth has no effect without --html or --npz: drop it")
     other = None if compare is None else compared_attention(reading_flags["model_dir"], compare)
     reading = open_reading(**reading_flags, quiet=quiet)
-    attentions = [(flags_text(reading_flags["attention_flags"]), reading.attention)]
+    attentions = [(attention_label(reading_flags["model_dir"], reading_flags["attention_flags"]), reading.attention)]
     if compare is not None and other is not None:
         check_prompt(reading, other)
         attentions.append((compare, other))
@@ -148,10 +158,10 @@ def compared_attention(model_dir: str, flags: str) -> Attention:
     return resolve_attention(model_dir, attention, attention, attention_flags)[0]
 
 
-def flags_text(attention_flags: dict[str, Any]) -> str:
-    """The attention flags that were given, as they are typed."""
+def attention_label(model_dir: str, attention_flags: dict[str, Any]) -> str:
+    """Where the attention comes from: the flags that were given, as they are typed, over unisparse.json where that decides the rest."""
     names = {"top_p": "attn-top-p"}
-    return (
-        " ".join(f"--{names.get(name, name.replace('_', '-'))} {value}" for name, value in attention_flags.items())
-        or "this model's default"
-    )
+    typed = " ".join(f"--{names.get(name, name.replace('_', '-'))} {value}" for name, value in attention_flags.items())
+    if config_file_decides(model_dir, attention_flags):
+        return f"{CONFIG_FILE} {typed}".rstrip()
+    return typed or "the default preset"

@@ -194,9 +194,14 @@ def config_from_flags(model_dir: str, flags: dict[str, Any]) -> UniSparseConfig 
         raise InvalidInput(f"attention flags: {error}") from None
 
 
+def config_file_decides(model_dir: str, flags: dict[str, Any]) -> bool:
+    """Whether unisparse.json beside the model gives what the attention flags leave open."""
+    return "preset" not in flags and (Path(model_dir) / CONFIG_FILE).is_file()
+
+
 def note_config_file(model_dir: str, flags: dict[str, Any]) -> None:
-    """Say on stderr that unisparse.json beside the model decides, where it does and what it leaves open is not all given."""
-    if "preset" not in flags and (Path(model_dir) / CONFIG_FILE).is_file():
+    """Say on stderr that unisparse.json beside the model decides, where it does."""
+    if config_file_decides(model_dir, flags):
         click.echo(f"attention {Path(model_dir) / CONFIG_FILE} (--preset default passes it by)", err=True)
 
 
