@@ -151,8 +151,8 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                 for n in range(KEYS):
                     scores[m, n] = 0
             for start in range(0, head_dim, SLICE):
-                load_slice(q_slice, queries, query_rows, start, head_dim, thread)
-                load_slice(k_slice, keys, positions, start, head_dim, thread)
+                load_slice(q_slice, queries, query_rows, start, head_dim, ty, tx)
+                load_slice(k_slice, keys, positions, start, head_dim, ty, tx)
                 cuda.syncthreads()
                 add_products(scores, part, q_slice, k_slice, ty, tx)
                 cuda.syncthreads()
@@ -191,10 +191,11 @@ def attention_kernel(real: type, head_dim: int) -> Any:
 
             # ---- sums += weight * v, a few keys at a time ----
             for first in range(0, TILE_KEYS, VALUE_KEYS):
-                for item in range(thread, VALUE_KEYS * WIDTH, NUM_THREADS):
-                    n, d = item // WIDTH, item % WIDTH
-                    position = positions[first + n]
-                    v_slice[n, d] = values[position, d] if position >= 0 and d < head_dim else ZERO
+                for n in range(ty, VALUE_KEYS, THREADS):
+                    exists = positions[first + n] >= 0
+                    row = values[np.uint32(positions[first + n]) if exists else np.uint32(0)]
+                    for d in range(DIMS):
+                        v_slice[n, tx + d * THREADS] = row[tx + d * THREADS] if exists and tx + d * THREADS < head_dim else ZERO
                 cuda.syncthreads()
                 n = 0
                 while n < VALUE_KEYS:  # not range: see tile.py

@@ -71,8 +71,8 @@ def score_kernel(real: type) -> Any:
                 logits[m, n] = 0
         for start in range(0, head_dim, SLICE):
             cuda.syncthreads()  # the lists are written, the last slice is used up
-            load_slice(q_slice, queries, query_rows, start, head_dim, ty * THREADS + tx)
-            load_slice(k_slice, keys, key_rows, start, head_dim, ty * THREADS + tx)
+            load_slice(q_slice, queries, query_rows, start, head_dim, ty, tx)
+            load_slice(k_slice, keys, key_rows, start, head_dim, ty, tx)
             cuda.syncthreads()
             add_products(logits, part, q_slice, k_slice, ty, tx)
         for m in range(ROWS):

@@ -55,17 +55,25 @@ def score_tile(real: type) -> Tile:
 
 @cache
 def slice_loader(tile: Tile) -> Any:
-    """Device function: target[dim, n] = source[positions[n], start + dim], 0 where there is none."""
-    SLICE, STRIDE = tile.slice, tile.threads * tile.threads
+    """Device function: target[dim, n] = source[positions[n], start + dim], 0 where there is none.
+
+    Thread (ty, tx) loads positions ty, ty + THREADS, ... and dims tx, tx + THREADS, ...: neighbouring threads read
+    neighbouring dims, and no thread has to divide to find its share.
+    """
+    THREADS, DIMS = tile.threads, tile.slice // tile.threads
 
     @cuda.jit(device=True)
-    def load_slice(target, source, positions, start, head_dim, thread):
-        for item in range(thread, positions.size * SLICE, STRIDE):  # neighbouring threads read neighbouring dims
-            n, dim = item // SLICE, item % SLICE
-            if positions[n] >= 0 and start + dim < head_dim:
-                target[dim, n] = source[positions[n], start + dim]
-            else:
-                target[dim, n] = 0
+    def load_slice(target, source, positions, start, head_dim, ty, tx):
+        for m in range(positions.size // THREADS):
+            n = ty + m * THREADS
+            exists = positions[n] >= 0
+            row = source[np.uint32(positions[n]) if exists else np.uint32(0)]
+            for d in range(DIMS):
+                dim = np.uint32(start) + tx + d * THREADS
+                if exists and dim < head_dim:
+                    target[tx + d * THREADS, n] = row[dim]
+                else:
+                    target[tx + d * THREADS, n] = 0
 
     return load_slice
 
