@@ -32,6 +32,7 @@ def layer_cases(architecture):
     pooling = {"HEAD_DIM": 128, "BLOCK_SIZE": 128, "Q_COMPRESS": 8, "K_COMPRESS": 8, "WARPS": 4}
     yield "rotary.cu", architecture, pooling, "rotate_heads", 96, 16  # five thread blocks: on sm_80 a few numbers too many
     yield "gemv.cu", architecture, {"WIDTH": 4096, "THREADS": 256}, "norm_gemv_swiglu", 128, 0
+    yield "sample.cu", architecture, {}, "find_largest", 64, 0
 
 
 def plain_cases(architecture, dim, rows, query_rows):

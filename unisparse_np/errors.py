@@ -20,3 +20,13 @@ class CheckpointError(UniSparseError, ValueError):
 
 class BackendUnavailable(UniSparseError, RuntimeError):
     """A backend was asked for by name and a piece of it is missing; the message names the install command (exit code 1)."""
+
+
+def broken_logits(broken: int, total: int) -> CheckpointError:
+    """The error for a model whose logits hold `broken` NaN or infinite numbers of `total`; 0 where all of them are -inf."""
+    if broken == 0:
+        return CheckpointError("the model's logits are -inf for every token: its weights are broken, so check the checkpoint")
+    return CheckpointError(
+        f"{broken} of the model's {total} logits are NaN or infinite: its weights hold such values or its arithmetic overflowed, "
+        "so check the checkpoint or load it with --dtype float32"
+    )

@@ -260,12 +260,18 @@ def _module(capability: str) -> types.ModuleType:
     module = types.ModuleType("cupy")
     module.ndarray = ndarray  # type: ignore[attr-defined]
     functions = (
+        "arange",
+        "argsort",
         "asarray",
         "ascontiguousarray",
         "concatenate",
+        "count_nonzero",
+        "cumsum",
         "empty",
         "empty_like",
         "isfinite",
+        "max",
+        "minimum",
         "packbits",
         "repeat",
         "rint",
@@ -322,5 +328,6 @@ def _argument(x: Any) -> Any:
         return value
     if isinstance(x, np.ndarray):
         return ctypes.c_void_p(x.ctypes.data)
-    kinds = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "uint64": ctypes.c_uint64, "float32": ctypes.c_float}
+    integers = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "uint64": ctypes.c_uint64}
+    kinds = integers | {"float32": ctypes.c_float, "float64": ctypes.c_double}
     return kinds[x.dtype.name](x.item())

@@ -150,6 +150,9 @@ inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 inline int __float2int_rn(float x) { return x == x ? (int)nearbyintf(x) : 0; }
 inline float __uint2float_rn(uint32_t x) { return (float)x; }
+inline int __double2hiint(double x) { int64_t i; memcpy(&i, &x, 8); return (int)(i >> 32); }
+inline int __double2loint(double x) { int64_t i; memcpy(&i, &x, 8); return (int)i; }
+inline double __hiloint2double(int high, int low) { const int64_t i = (int64_t)high << 32 | (uint32_t)low; double x; memcpy(&x, &i, 8); return x; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float exp2_fast(float x) { return exp2f(x); }

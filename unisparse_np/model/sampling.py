@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import CheckpointError, InvalidInput
+from ..errors import InvalidInput, broken_logits
 
 
 class Sampler:
@@ -65,7 +65,7 @@ class Sampler:
             CheckpointError: the logits hold NaN or +inf, or forbid every token.
         """
         if not math.isfinite(logits.max()):  # NaN wins every maximum
-            raise CheckpointError(_not_finite(logits))
+            raise broken_logits(int(np.isnan(logits).sum() + np.isposinf(logits).sum()), len(logits))
         if self.repetition_penalty != 1.0:
             logits = penalize_repetition(logits, previous_ids, self.repetition_penalty)
         if self.temperature == 0.0:
@@ -134,16 +134,6 @@ def keep_min_p(weights: np.ndarray, token_ids: np.ndarray, min_p: float) -> np.n
 def _descending(weights: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     """token_ids by falling weight; equal weights keep their order."""
     return token_ids[np.argsort(-weights[token_ids], kind="stable")]
-
-
-def _not_finite(logits: np.ndarray) -> str:
-    if np.isneginf(logits).all():
-        return "the model's logits are -inf for every token: its weights are broken, so check the checkpoint"
-    count = int(np.isnan(logits).sum() + np.isposinf(logits).sum())
-    return (
-        f"{count} of the model's {len(logits)} logits are NaN or infinite: its weights hold such values or its arithmetic overflowed, "
-        "so check the checkpoint or load it with --dtype float32"
-    )
 
 
 def _number(name: str, value: object, rule: str, is_legal: Callable[[float], bool]) -> float:

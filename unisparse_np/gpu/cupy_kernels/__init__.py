@@ -22,12 +22,14 @@ from .device import capability as require_device
 from .device import compile_seconds
 from .key_summary import RunningKeySummary
 from .run import run_dense, run_sparse
+from .sampling import new_sampler
 from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
     "RunningKeySummary", "as_composites", "as_numpy", "check_finite", "compile_seconds", "compress", "dense_attention", "find_anchors",
-    "from_any", "layers", "name", "new_decoder", "require_device", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "from_any", "layers", "name", "new_decoder", "new_sampler", "require_device", "run_dense", "run_sparse", "score_blocks",
+    "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "cupy"

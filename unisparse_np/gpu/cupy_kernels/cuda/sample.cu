@@ -1,0 +1,83 @@
+// From logits to the next token, as model/sampling.py defines it: the passes over the whole vocabulary.
+//
+// One thread block: 128K logits are half a megabyte, which a single multiprocessor reads in microseconds. Comparisons are made in
+// float64, as the reference makes them once a penalty has touched a logit.
+//
+// Shared memory: largest value, its id, and counts [WARPS] each.
+#include "ptx.cuh"
+
+#define THREADS 1024
+#define WARPS (THREADS / 32)
+
+struct Found {
+  double largest;    // logit after the penalty
+  int64_t token;     // its id, the smallest of a tie
+  int64_t broken;    // logits that are NaN or +inf
+  int64_t possible;  // logits above -inf
+};
+
+// Step 1: a token seen before loses, once.
+DEVICE double penalised(float logit, bool seen, double penalty) {
+  const double x = logit;
+  return !seen ? x : x > 0. ? x / penalty : x * penalty;
+}
+
+DEVICE bool beats(double x, int i, double best, int place) { return x > best || (x == best && i < place); }
+
+// seen [vocab] or null. Grid: one thread block.
+extern "C" __global__ void __launch_bounds__(THREADS) find_largest(
+    const float* __restrict__ logits, const unsigned char* __restrict__ seen, double penalty, int vocab, Found* __restrict__ found)
+{
+  DYNAMIC_SHARED(shared);
+  double* values = (double*)shared;
+  int* places = (int*)(values + WARPS);
+  int* broken_counts = places + WARPS;
+  int* possible_counts = broken_counts + WARPS;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  double best = -(double)INFINITY_F;
+  int place = vocab, broken = 0, possible = 0;
+  for (int i = threadIdx.x; i < vocab; i += THREADS) {
+    const float logit = logits[i];
+    broken += !(logit < INFINITY_F);
+    possible += logit > -INFINITY_F;
+    const double x = penalised(logit, seen && seen[i], penalty);
+    if (beats(x, i, best, place)) { best = x; place = i; }
+  }
+  broken = __reduce_add_sync(0xffffffffu, broken);
+  possible = __reduce_add_sync(0xffffffffu, possible);
+  for (int step = 16; step; step >>= 1) {
+    const int high = __shfl_xor_sync(0xffffffffu, __double2hiint(best), step), low = __shfl_xor_sync(0xffffffffu, __double2loint(best), step);
+    const double x = __hiloint2double(high, low);
+    const int i = __shfl_xor_sync(0xffffffffu, place, step);
+    if (beats(x, i, best, place)) { best = x; place = i; }
+  }
+  if (lane == 0) {
+    values[warp] = best;
+    places[warp] = place;
+    broken_counts[warp] = broken;
+    possible_counts[warp] = possible;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < WARPS; ++w) {
+    if (beats(values[w], places[w], best, place)) { best = values[w]; place = places[w]; }
+    broken += broken_counts[w];
+    possible += possible_counts[w];
+  }
+  *found = Found{best, place, broken, possible};
+}
+
+// Step 2: weights up to a common factor, exp((logit - largest) / temperature), [vocab] float64. Grid: enough threads.
+extern "C" __global__ void weigh(
+    const float* __restrict__ logits, const unsigned char* __restrict__ seen, double penalty, double temperature, int vocab,
+    const Found* __restrict__ found, double* __restrict__ weights)
+{
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < vocab) weights[i] = exp((penalised(logits[i], seen && seen[i], penalty) - found->largest) / temperature);
+}
+
+// Notes token ids that were seen. Grid: enough threads.
+extern "C" __global__ void note_seen(const int64_t* __restrict__ token_ids, int count, unsigned char* __restrict__ seen) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) seen[token_ids[i]] = 1;
+}

@@ -1,0 +1,99 @@
+"""DeviceSampler: the next token from logits on the GPU, by the rule of model/sampling.py; only the token comes to the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from ...errors import broken_logits
+from ...problem import ceil_div
+from .device import kernel
+
+THREADS, SEARCH_THREADS, SEARCH_BYTES = 256, 1024, 32 * (8 + 3 * 4)  # of sample.cu
+FOUND = np.dtype([("largest", np.float64), ("token", np.int64), ("broken", np.int64), ("possible", np.int64)])
+NULL = np.uint64(0)
+
+
+class DeviceSampler:
+    """Chooses one token id from logits on the device; the settings, already checked, are those of model.sampling.Sampler.
+
+    It draws the token that Sampler draws for the same logits and seed, except where the random number falls within rounding of a
+    boundary between two tokens. Tokens seen before are kept on the device, for the repetition penalty.
+    """
+
+    def __init__(
+        self, temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None, vocab_size: int
+    ) -> None:
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.repetition_penalty = repetition_penalty
+        self._random = np.random.default_rng(seed)
+        self._found = cupy.zeros(FOUND.itemsize // 8, np.int64)  # one FOUND
+        self._seen = cupy.zeros(vocab_size, np.uint8) if repetition_penalty != 1.0 else None
+        self._seen_ids: np.ndarray = np.empty(0, dtype=np.int64)  # what _seen was made from
+
+    def __call__(self, logits: Any, previous_ids: Any) -> int:
+        """The next token id: logits [vocab] float32 on the device, previous_ids of the prompt and the answer so far, for the penalty.
+
+        Waits for the device once, to read the token. Raises CheckpointError when the logits hold NaN or +inf, or forbid every token.
+        """
+        if self._seen is not None:
+            self._note_seen(np.asarray(previous_ids, dtype=np.int64))
+        penalty, vocab = np.float64(self.repetition_penalty), np.int32(len(logits))
+        seen = NULL if self._seen is None else self._seen
+        find = kernel("sample.cu", "find_largest", SEARCH_BYTES)
+        find((1,), (SEARCH_THREADS,), (logits, seen, penalty, vocab, self._found), shared_mem=SEARCH_BYTES)
+        if self.temperature > 0.0:
+            weights = cupy.empty(len(logits), np.float64)
+            arguments = (logits, seen, penalty, np.float64(self.temperature), vocab, self._found, weights)
+            kernel("sample.cu", "weigh", 0)((ceil_div(len(logits), THREADS),), (THREADS,), arguments)
+            self._found[1] = self._draw(weights)
+        found = cupy.asnumpy(self._found).view(FOUND)[0]
+        if found["broken"] or not found["possible"]:
+            raise broken_logits(int(found["broken"]), len(logits))
+        return int(found["token"])
+
+    def _note_seen(self, ids: np.ndarray) -> None:
+        """Bring the seen tokens up to date: usually one more id than at the last call."""
+        known = len(self._seen_ids)
+        if not np.array_equal(ids[:known], self._seen_ids):
+            self._seen[...] = 0
+            known = 0
+        if len(ids) > known:
+            new = cupy.asarray(ids[known:])
+            kernel("sample.cu", "note_seen", 0)((ceil_div(len(new), THREADS),), (THREADS,), (new, np.int32(len(new)), self._seen))
+        self._seen_ids = ids.copy()
+
+    def _draw(self, weights: Any) -> Any:
+        """Steps 3 to 6: weights [vocab] float64, the largest 1 -> the id drawn, on the device. Dropped tokens get weight 0.
+
+        Everything stays on the device, so what depends on how many tokens are left is a choice between arrays.
+        """
+        ids = cupy.arange(len(weights))
+        order = ids
+        if self.top_k or self.top_p < 1.0:
+            descending = cupy.argsort(-weights, kind="stable")
+            if self.top_k:
+                trims = cupy.count_nonzero(weights) > self.top_k
+                by_rank = weights[descending] * (ids < self.top_k)
+                order = descending if self.top_p < 1.0 else cupy.where(trims, descending, ids)
+                weights = cupy.where(trims, by_rank, weights[order])
+            else:
+                order, weights = descending, weights[descending]
+        if self.top_p < 1.0:
+            mass_up_to = cupy.cumsum(weights)
+            weights = weights * (mass_up_to - weights < self.top_p * mass_up_to[-1])
+        if self.min_p > 0.0:
+            weights = weights * (weights >= self.min_p)
+        cumulative = cupy.cumsum(weights)
+        place = cupy.count_nonzero(cumulative <= self._random.random() * cumulative[-1])
+        last = cupy.max(ids * (weights > 0))
+        return order[cupy.minimum(place, last)]
+
+
+def new_sampler(
+    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None, vocab_size: int
+) -> DeviceSampler:
+    """The sampler of logits on this backend's device."""
+    return DeviceSampler(temperature, top_k, top_p, min_p, repetition_penalty, seed, vocab_size)
