@@ -99,13 +99,12 @@ class Decoder:
         if self._steps and all(a is b for a, b in zip(running, self._running, strict=True)):
             return
         self._running, self._graph = running, None
-        self._steps = [
-            LayerStep(
-                self._weights.layers[layer], *cache.upto(layer, cache.capacity), self._attentions[choice],
-                None if running[layer] is None else running[layer].whole(),
-            )
-            for layer, choice in enumerate(self._attention)
-        ]  # fmt: skip
+        self._steps = [self._layer_step(layer, choice, running[layer]) for layer, choice in enumerate(self._attention)]
+
+    def _layer_step(self, layer: int, choice: Any, running: Any) -> LayerStep:
+        keys, values = self._cache.upto(layer, self._cache.capacity)
+        summary = None if running is None else running.whole()
+        return LayerStep(self._weights.layers[layer], keys, values, self._attentions[choice], summary)
 
     def _record(self) -> Any:
         stream = cupy.cuda.Stream(non_blocking=True)

@@ -39,7 +39,7 @@ class DeviceSampler:
         Waits for the device once, to read the token. Raises CheckpointError when the logits hold NaN or +inf, or forbid every token.
         """
         if self._seen is not None:
-            self._note_seen(np.asarray(previous_ids, dtype=np.int64))
+            self._note_seen(np.asarray(previous_ids, dtype=np.int64), self._seen)
         penalty, vocab = np.float64(self.repetition_penalty), np.int32(len(logits))
         seen = NULL if self._seen is None else self._seen
         find = kernel("sample.cu", "find_largest", SEARCH_BYTES)
@@ -54,15 +54,15 @@ class DeviceSampler:
             raise broken_logits(int(found["broken"]), len(logits))
         return int(found["token"])
 
-    def _note_seen(self, ids: np.ndarray) -> None:
-        """Bring the seen tokens up to date: usually one more id than at the last call."""
+    def _note_seen(self, ids: np.ndarray, seen: Any) -> None:
+        """Bring the seen tokens, [vocab] uint8, up to date: usually by one more id than at the last call."""
         known = len(self._seen_ids)
         if not np.array_equal(ids[:known], self._seen_ids):
-            self._seen[...] = 0
+            seen[...] = 0
             known = 0
         if len(ids) > known:
             new = cupy.asarray(ids[known:])
-            kernel("sample.cu", "note_seen", 0)((ceil_div(len(new), THREADS),), (THREADS,), (new, np.int32(len(new)), self._seen))
+            kernel("sample.cu", "note_seen", 0)((ceil_div(len(new), THREADS),), (THREADS,), (new, np.int32(len(new)), seen))
         self._seen_ids = ids.copy()
 
     def _draw(self, weights: Any) -> Any:
