@@ -192,8 +192,8 @@ def tables() -> str:
     return "\n".join(
         [
             f"Measured on one H100 ([{MEASURED.name}](../benchmarks/results/{MEASURED.name})), a layer of 32 heads at 128K tokens: "
-            f"attention {1e3 * one.dense:.0f} ms dense, {1e3 * one.fixed:.1f} ms + density x {1e3 * one.per_density:.0f} ms sparse (selection and "
-            f"anchors included); products {one.product_flop_a_second / 1e12:.0f} TFLOP/s.",
+            f"attention {1e3 * one.dense:.0f} ms dense, {1e3 * one.fixed:.1f} ms + density x {1e3 * one.per_density:.0f} ms sparse "
+            f"(selection and anchors included); products {one.product_flop_a_second / 1e12:.0f} TFLOP/s.",
             "",
             "A layer:",
             "",
