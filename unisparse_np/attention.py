@@ -65,21 +65,20 @@ def unisparse_attention(
         _check_key_summary(key_summary, problem)
     engine = load_backend(_backend_of(q) if backend == "auto" else backend)
     q_in, k_in, v_in = (engine.from_any(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    items = list(zip(q_in, k_in, v_in, strict=True)) if batched else [(q_in, k_in, v_in)]
-    for item in items:
+    for item in zip(q_in, k_in, v_in, strict=True) if batched else [(q_in, k_in, v_in)]:
         engine.check_finite(*item, problem)
-    results = [_run(*item, problem, config, engine, key_summary, return_trace) for item in items]
-
-    def joined(arrays: list) -> Any:
-        return engine.to_kind_of(engine.xp.stack(arrays) if batched else arrays[0], q)
-
-    out = joined([out.astype(q_in.dtype, copy=False) for out, _ in results])
+    trace: Any
+    if batched:
+        out, lse, trace = _run_batch(q_in, k_in, v_in, problem, config, engine, return_trace)
+    else:
+        out, trace = _run(q_in, k_in, v_in, problem, config, engine, key_summary, return_trace)
+        out, lse = out.astype(q_in.dtype, copy=False), trace.lse
+    out = engine.to_kind_of(out, q)
     answer: tuple[Any, ...] = (out,)
     if return_lse:
-        answer += (joined([trace.lse for _, trace in results]),)
+        answer += (engine.to_kind_of(lse, q),)
     if return_trace:
-        traces = [trace for _, trace in results]
-        answer += (traces if batched else traces[0],)
+        answer += (trace,)
     return answer if len(answer) > 1 else out
 
 
@@ -156,6 +155,17 @@ def _run(
     if config == "dense":
         return backend.run_dense(q, k, v, problem)
     return backend.run_sparse(q, k, v, problem, key_summary, keep_scores, q_composites)
+
+
+def _run_batch(
+    q: Any, k: Any, v: Any, problem: Problem, config: AttentionConfig, backend: Any, keep_scores: bool
+) -> tuple[Any, Any, list[Trace]]:
+    """q [batch, Hq, Lq, d], k, v [batch, Hkv, Lk, d], problem that of one item -> out in the dtype of q, lse [batch, Hq, Lq], traces."""
+    if hasattr(backend, "run_batch"):
+        return backend.run_batch(q, k, v, problem, dense=config == "dense", keep_scores=keep_scores)
+    results = [_run(*item, problem, config, backend, None, keep_scores) for item in zip(q, k, v, strict=True)]
+    outs, traces = [out.astype(q.dtype, copy=False) for out, _ in results], [trace for _, trace in results]
+    return backend.xp.stack(outs), backend.xp.stack([trace.lse for trace in traces]), traces
 
 
 def _check_config(config: object) -> None:

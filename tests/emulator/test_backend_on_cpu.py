@@ -121,6 +121,32 @@ def test_composites_pooled_elsewhere_are_taken_as_they_are():
         np.testing.assert_array_equal(trace.mask, expected.mask)
 
 
+@pytest.mark.parametrize("in_one_piece", [True, False])
+def test_a_batch_is_its_items(in_one_piece):
+    config = UniSparseConfig(64, 8, 8, 2, top_p=(0.3, 0.8), key_anchors=2)
+    problem = Problem(4, 2, 100, 200, 64, config)
+    items = [inputs(problem, np.float16, seed) for seed in (1, 2)]
+    with cupy_on_cpu.installed("80") as backend:
+        q, k, v = (sys.modules["cupy"].stack([item[n] for item in items]) for n in range(3))
+        if not in_one_piece:
+            k = sys.modules["cupy"].stack([items[0][1], items[0][1], items[1][1]])[::2]
+        cupy_on_cpu.Kernel.launched.clear()
+        out, lse, traces = backend.run_batch(q, k, v, problem, dense=False, keep_scores=True)
+        assert cupy_on_cpu.Kernel.launched.count("compress") == (1 if in_one_piece else 2)
+        for n in range(2):
+            alone, trace = backend.run_sparse(q[n], k[n], v[n], problem, keep_scores=True)
+            np.testing.assert_array_equal(out[n], alone)
+            np.testing.assert_array_equal(lse[n], trace.lse)
+            for name in ("mask", "anchors", "qc", "kc", "mean", "lse"):
+                np.testing.assert_array_equal(getattr(traces[n], name), getattr(trace, name))
+            assert (traces[n].kept_blocks, traces[n].visible_blocks) == (trace.kept_blocks, trace.visible_blocks)
+        out, _, traces = backend.run_batch(q, k, v, problem, dense=True, keep_scores=False)
+        for n in range(2):
+            alone, trace = backend.run_dense(q[n], k[n], v[n], problem)
+            np.testing.assert_array_equal(out[n], alone)
+            assert traces[n].density == trace.density == 1.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("capability", ["80", "90"])

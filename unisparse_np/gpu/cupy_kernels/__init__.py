@@ -16,6 +16,7 @@ from ...problem import Problem
 from . import layers
 from .arrays import as_numpy, from_any, to_kind_of
 from .attend import dense_attention, sparse_attention
+from .batch import run_batch
 from .compress import as_composites, compress, find_anchors
 from .decoder import new_decoder
 from .device import capability as require_device
@@ -28,7 +29,7 @@ from .select import select_blocks
 
 __all__ = [
     "RunningKeySummary", "as_composites", "as_numpy", "check_finite", "compile_seconds", "compress", "dense_attention", "find_anchors",
-    "from_any", "layers", "name", "new_decoder", "new_sampler", "require_device", "run_dense", "run_sparse", "score_blocks",
+    "from_any", "layers", "name", "new_decoder", "new_sampler", "require_device", "run_batch", "run_dense", "run_sparse", "score_blocks",
     "select_blocks", "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 

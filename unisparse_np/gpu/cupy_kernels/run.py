@@ -33,12 +33,12 @@ class DeviceTrace(Trace):
         self.kernel, self.lse, self.anchors = kernel, lse, anchors
         self.visible_blocks = plan.visible_blocks
         self.qc = self.kc = self.mean = self.peak = None
-        self._block_mask, self._problem = block_mask, plan.problem
+        self.block_mask, self._problem = block_mask, plan.problem
 
     @property
     def mask(self) -> Any:
         """[Hq, Nq, Nk] bool."""
-        return to_bool(self._block_mask, self._problem)
+        return to_bool(self.block_mask, self._problem)
 
     @property
     def kept_blocks(self) -> float:  # type: ignore[override]
@@ -47,7 +47,7 @@ class DeviceTrace(Trace):
 
     def kept_later(self) -> Callable[[], float]:
         """A function that gives kept_blocks and waits for the device when it is called; it holds the counts [rows] alone."""
-        counts, heads_per_row = self._block_mask.counts, self._block_mask.heads_per_row
+        counts, heads_per_row = self.block_mask.counts, self.block_mask.heads_per_row
         config, visible = self._problem.config, self.visible_blocks
         return lambda: config.kept_blocks(int(counts.sum(dtype=np.int64)) * heads_per_row, visible)
 

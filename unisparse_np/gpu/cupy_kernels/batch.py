@@ -1,0 +1,70 @@
+"""A batch as one problem: the items' heads one after the other, where the arrays allow that as a view.
+
+Every head is computed alone, and a query head's KV head and composite head lie in its own item, so the results are those of
+single items to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import cupy
+
+from ...problem import Problem
+from ...trace import Trace
+from .plan import plan_of
+from .run import DeviceTrace, run_dense, run_sparse
+from .select import BlockMask
+
+MOST_HEADS = 65535  # rows of a grid
+
+
+def run_batch(q: Any, k: Any, v: Any, problem: Problem, *, dense: bool, keep_scores: bool) -> tuple[Any, Any, list[Trace]]:
+    """All items of a batch, each computed alone: q [batch, Hq, Lq, d], k, v [batch, Hkv, Lk, d], problem that of one item.
+
+    -> out [batch, Hq, Lq, d] in their dtype, lse [batch, Hq, Lq], and each item's Trace.
+    """
+    batch = q.shape[0]
+    if not all(map(folds, (q, k, v))) or batch * problem.num_q_heads > MOST_HEADS:
+        items = zip(q, k, v, strict=True)
+        results = [run_dense(*item, problem) if dense else run_sparse(*item, problem, None, keep_scores) for item in items]
+        traces = [trace for _, trace in results]
+        return cupy.stack([out for out, _ in results]), cupy.stack([trace.lse for trace in traces]), traces
+    whole = of_batch(problem, batch)
+    folded = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out, trace = run_dense(*folded, whole) if dense else run_sparse(*folded, whole, None, keep_scores)
+    lse = trace.lse.reshape(batch, problem.num_q_heads, problem.q_len)
+    return out.reshape(q.shape), lse, split(trace, lse, problem, batch)
+
+
+def folds(x: Any) -> bool:
+    """Whether x [batch, H, L, d] is [batch * H, L, d] as it lies in memory."""
+    return x.shape[0] == 1 or x.shape[1] == 1 or x.strides[0] == x.shape[1] * x.strides[1]
+
+
+def of_batch(problem: Problem, batch: int) -> Problem:
+    """The problem of `batch` items of this one, their heads one after the other."""
+    config = problem.config
+    shares = {name: value * batch for name in ("top_p", "row_threshold") if isinstance(value := getattr(config, name), tuple)}
+    heads = {"num_q_heads": batch * problem.num_q_heads, "num_kv_heads": batch * problem.num_kv_heads}
+    return replace(problem, **heads, config=replace(config, **shares) if shares else config)
+
+
+def split(trace: Trace, lse: Any, problem: Problem, batch: int) -> list[Trace]:
+    """Each item's Trace from that of the whole, its arrays as views."""
+
+    def part(x: Any, n: int) -> Any:
+        heads = 0 if x is None else len(x) // batch
+        return None if x is None else x[n * heads : (n + 1) * heads]
+
+    if not isinstance(trace, DeviceTrace):
+        visible = plan_of(problem).visible_blocks
+        return [Trace(trace.kernel, visible, visible, item) for item in lse]
+    items: list[Trace] = []
+    for n in range(batch):
+        mask = BlockMask(*(part(x, n) for x in trace.block_mask[:2]), trace.block_mask.heads_per_row)
+        item = DeviceTrace(trace.kernel, lse[n], mask, part(trace.anchors, n), plan_of(problem))
+        item.qc, item.kc, item.mean, item.peak = (part(x, n) for x in (trace.qc, trace.kc, trace.mean, trace.peak))
+        items.append(item)
+    return items
