@@ -27,15 +27,18 @@ def run_batch(q: Any, k: Any, v: Any, problem: Problem, *, dense: bool, keep_sco
     """
     batch = q.shape[0]
     if not all(map(folds, (q, k, v))) or batch * problem.num_q_heads > MOST_HEADS:
-        items = zip(q, k, v, strict=True)
-        results = [run_dense(*item, problem) if dense else run_sparse(*item, problem, None, keep_scores) for item in items]
+        results = [_run(*item, problem, dense, keep_scores) for item in zip(q, k, v, strict=True)]
         traces = [trace for _, trace in results]
         return cupy.stack([out for out, _ in results]), cupy.stack([trace.lse for trace in traces]), traces
     whole = of_batch(problem, batch)
-    folded = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    out, trace = run_dense(*folded, whole) if dense else run_sparse(*folded, whole, None, keep_scores)
+    q_heads, k_heads, v_heads = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out, trace = _run(q_heads, k_heads, v_heads, whole, dense, keep_scores)
     lse = trace.lse.reshape(batch, problem.num_q_heads, problem.q_len)
     return out.reshape(q.shape), lse, split(trace, lse, problem, batch)
+
+
+def _run(q: Any, k: Any, v: Any, problem: Problem, dense: bool, keep_scores: bool) -> tuple[Any, Trace]:
+    return run_dense(q, k, v, problem) if dense else run_sparse(q, k, v, problem, keep_scores=keep_scores)
 
 
 def folds(x: Any) -> bool:
@@ -46,9 +49,11 @@ def folds(x: Any) -> bool:
 def of_batch(problem: Problem, batch: int) -> Problem:
     """The problem of `batch` items of this one, their heads one after the other."""
     config = problem.config
-    shares = {name: value * batch for name in ("top_p", "row_threshold") if isinstance(value := getattr(config, name), tuple)}
-    heads = {"num_q_heads": batch * problem.num_q_heads, "num_kv_heads": batch * problem.num_kv_heads}
-    return replace(problem, **heads, config=replace(config, **shares) if shares else config)
+    shares: dict[str, Any] = {
+        name: value * batch for name in ("top_p", "row_threshold") if isinstance(value := getattr(config, name), tuple)
+    }
+    q_heads, kv_heads = batch * problem.num_q_heads, batch * problem.num_kv_heads
+    return replace(problem, num_q_heads=q_heads, num_kv_heads=kv_heads, config=replace(config, **shares) if shares else config)
 
 
 def split(trace: Trace, lse: Any, problem: Problem, batch: int) -> list[Trace]:
@@ -63,7 +68,8 @@ def split(trace: Trace, lse: Any, problem: Problem, batch: int) -> list[Trace]:
         return [Trace(trace.kernel, visible, visible, item) for item in lse]
     items: list[Trace] = []
     for n in range(batch):
-        mask = BlockMask(*(part(x, n) for x in trace.block_mask[:2]), trace.block_mask.heads_per_row)
+        words, counts, heads_per_row = trace.block_mask
+        mask = BlockMask(part(words, n), part(counts, n), heads_per_row)
         item = DeviceTrace(trace.kernel, lse[n], mask, part(trace.anchors, n), plan_of(problem))
         item.qc, item.kc, item.mean, item.peak = (part(x, n) for x in (trace.qc, trace.kc, trace.mean, trace.peak))
         items.append(item)
