@@ -76,12 +76,12 @@ def write_models(folder: Path) -> None:
         write_checkpoint(folder / name, raw, shapes)
 
 
-def open_model(folder: Path, name: str, ranks: Ranks = ONE_PROCESS) -> Llama:
-    """In float64, so that no block decision can hang on rounding."""
+def open_model(folder: Path, name: str, ranks: Ranks = ONE_PROCESS, backend: str = "reference", dtype: str = "float64") -> Llama:
+    """In float64 no block decision can hang on rounding."""
     path = NEEDLE_LLAMA if name == "needle-llama" else folder / name
-    config, backend = ModelConfig.from_folder(path), load_backend("reference")
+    config, engine = ModelConfig.from_folder(path), load_backend(backend)
     shard = Shard(ranks.tensor.rank, ranks.tensor.size)
-    return Llama(config, load_weights(path, config, backend.layers, "float64", shard=shard), backend, ranks=ranks)
+    return Llama(config, load_weights(path, config, engine.layers, dtype, shard=shard), engine, ranks=ranks)
 
 
 def results(model: Llama, case: Case) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """The zig-zag split of queries: balanced, in whole blocks, and with the masks of one process bit by bit."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,29 +12,11 @@ from unisparse_np.attention import attend, load_backend
 from unisparse_np.model.context_split import ContextSplit
 from unisparse_np.parallel import Single
 
-
-class InThreads:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, boxes: list, barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._boxes, self._barrier = rank, len(boxes), boxes, barrier
-
-    def all_gather(self, x: np.ndarray) -> np.ndarray:
-        self._boxes[self.rank] = x
-        self._barrier.wait(timeout=10)
-        gathered = np.stack(self._boxes)
-        self._barrier.wait(timeout=10)
-        return gathered
-
-
-def on_ranks(size: int, work) -> list:
-    boxes, barrier = [None] * size, threading.Barrier(size)
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(InThreads(rank, boxes, barrier)), range(size)))
+from .in_threads import InThreads, Meeting, on_ranks
 
 
 def splits(tokens: int, block_size: int, size: int) -> list[ContextSplit]:
-    return [ContextSplit.of(tokens, block_size, InThreads(rank, [None] * size, threading.Barrier(size))) for rank in range(size)]
+    return [ContextSplit.of(tokens, block_size, InThreads(np, rank, Meeting(size, threading.Lock()))) for rank in range(size)]
 
 
 @given(tokens=st.integers(1, 2000), block_size=st.sampled_from([1, 16, 64]), size=st.integers(1, 8))
@@ -68,14 +49,14 @@ def test_rows_come_together_in_order(tokens, size):
     token_ids = list(range(tokens))
 
     def work(ranks):
-        split = ContextSplit.of(tokens, 16, ranks)
+        split = ContextSplit.of(tokens, 16, ranks.context)
         own = split.own_tokens(token_ids)
         assert [split.token_of(row) for row in range(len(own))] == own
         k_out, v_out = np.empty_like(k), np.empty_like(v)
         split.gather(np, (k[:, own], k_out), (v[:, own], v_out))
         return k_out, v_out, split.whole(np, k[0][own]), split.last(k[0][own])
 
-    for k_out, v_out, whole, last in on_ranks(size, work):
+    for k_out, v_out, whole, last in on_ranks(np, 1, size, work):
         np.testing.assert_array_equal(k_out, k)
         np.testing.assert_array_equal(v_out, v)
         np.testing.assert_array_equal(whole, k[0])
