@@ -184,15 +184,24 @@ def arrange(everyone: Single | Mpi, context_parallel: int, backend: Any) -> Rank
 
     Args:
         context_parallel: a divisor of the number of processes (`check_grid`).
-        backend: a loaded backend. One whose arrays are not NumPy's has `connect(mpi, on_this_host)`, which picks this
-            process's device and returns communicators for the groups that are given; see gpu/cupy_kernels/nccl.py.
+        backend: a loaded backend. One whose arrays are not NumPy's has `take_device(rank, size)` for this process's place
+            among those of its machine, and `carrier(group)`, a Communicator of its arrays; see gpu/cupy_kernels/nccl.py.
+
+    Raises:
+        InvalidInput, BackendUnavailable: on all ranks, when some cannot take a device of their own or lack what connects them.
     """
     if isinstance(everyone, Single):
         return ONE_PROCESS
     tensor_parallel = everyone.size // context_parallel
-    groups = everyone.split(everyone.rank // tensor_parallel), everyone.split(everyone.rank % tensor_parallel)
-    carriers: tuple[Communicator, ...] = backend.connect(groups, everyone.on_this_host()) if hasattr(backend, "connect") else groups
-    tensor, context = (carrier if carrier.size > 1 else Single() for carrier in carriers)
+    groups: tuple[Communicator, ...] = (
+        everyone.split(everyone.rank // tensor_parallel),
+        everyone.split(everyone.rank % tensor_parallel),
+    )
+    if hasattr(backend, "take_device"):
+        here = everyone.on_this_host()
+        together(everyone, lambda: backend.take_device(here.rank, here.size))
+        groups = tuple(backend.carrier(group) if group.size > 1 else group for group in groups)
+    tensor, context = (group if group.size > 1 else Single() for group in groups)
     return Ranks(everyone, tensor, context)
 
 

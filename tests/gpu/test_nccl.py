@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from unisparse_np.errors import InvalidInput
 from unisparse_np.parallel import Single
 
 pytestmark = pytest.mark.gpu
@@ -71,9 +72,11 @@ def test_objects_travel_over_the_host(one_rank):
     assert one_rank.broadcast({"token": 7}) == {"token": 7} and (one_rank.rank, one_rank.size) == (0, 1)
 
 
-def test_connect_takes_a_device_and_leaves_groups_of_one_alone(cupy):
-    from unisparse_np.gpu.cupy_kernels.nccl import connect
+def test_a_rank_takes_the_device_of_its_number(cupy):
+    from unisparse_np.gpu.cupy_kernels.nccl import take_device
 
-    alone = Single()
-    assert connect((alone, alone), alone) == (alone, alone)
+    take_device(0, 1)
     assert cupy.cuda.Device().id == 0
+    devices = cupy.cuda.runtime.getDeviceCount()
+    with pytest.raises(InvalidInput, match=f"{devices + 1} ranks on a machine with {devices} visible GPUs"):
+        take_device(0, devices + 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.llama_checkpoints import load_case, write_checkpoint
-from unisparse_np import UniSparseConfig
+from unisparse_np import InvalidInput, UniSparseConfig
 from unisparse_np.attention import load_backend
 from unisparse_np.model.config import ModelConfig
 from unisparse_np.model.llama import Llama
@@ -59,3 +59,8 @@ def test_layers_are_those_of_the_reference():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     for public in ("HELD_DTYPES", "held_dtype", "compute_dtype", "new_pacer", "to_host", "xp"):
         assert hasattr(mine, public)
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(InvalidInput, match="the numba backend runs in one process"):
+        load_backend("numba").take_device(0, 2)

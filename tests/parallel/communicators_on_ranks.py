@@ -57,9 +57,22 @@ def check_errors() -> None:
             raise AssertionError("no error on this rank")
 
 
+class Backend:
+    """With devices and a carrier of its own, as cupy."""
+
+    @staticmethod
+    def take_device(rank: int, size: int) -> None:
+        assert (rank, size) == (everyone.rank, everyone.size)  # one machine
+
+    @staticmethod
+    def carrier(group: Mpi) -> Mpi:
+        assert group.size > 1
+        return group
+
+
 def check_grid() -> None:
     for context_parallel in (size for size in (1, 2, 4) if everyone.size % size == 0):
-        ranks = arrange(everyone, context_parallel, backend=np)
+        ranks = arrange(everyone, context_parallel, backend=Backend)
         tensor_parallel = everyone.size // context_parallel
         assert (ranks.tensor.size, ranks.context.size) == (tensor_parallel, context_parallel)
         assert ranks.context.rank * tensor_parallel + ranks.tensor.rank == everyone.rank

@@ -55,6 +55,7 @@ def test_sampling_gives_every_rank_the_same_tokens():
     [
         (4, PROMPT, 2, "4 tensor-parallel ranks cannot share 8 query heads and 2 KV heads in whole groups: use 1, 2 of them"),
         (2, (*PROMPT, "--head-compress", "8"), 2, "composite heads of 8 (head_compress): use 1 of them"),
+        (2, (*PROMPT, "--device", "0"), 2, "--device 0 names one GPU, but each of 2 processes takes the one of its own number"),
         (2, (*PROMPT, "--tensor-parallel", "3"), 2, "start 3, or leave --tensor-parallel out"),
         (2, (*GENERATE, "-p", "no-such-file"), 2, "names no file"),
         (2, (*PROMPT, "--max-context", "8"), 2, "more than the 8 this model may use"),

@@ -30,7 +30,7 @@ from .options import (
 )
 from .progress import CountBar, PrefillBar
 from .prompt import read_prompt
-from .ranks import rank_options, refuse_uneven
+from .ranks import rank_options, refuse_one_device, refuse_uneven
 
 if TYPE_CHECKING:
     from ..model.generate import Piece
@@ -88,6 +88,7 @@ def generate(
         check_grid(everyone.size, tensor_parallel, context_parallel)
         prompt_text = read_prompt(prompt, text) if everyone.rank == 0 else ""
         prefill, later = resolve_attention(model_dir, attention, decode_attention, attention_flags)
+        refuse_one_device(device)
         use_device(device, backend)
         engine = load_model_backend(choose_backend(backend, quiet))
         refuse_uneven(model_dir, everyone.size // context_parallel, prefill, later)

@@ -9,7 +9,7 @@ import traceback
 
 import click
 
-from ..errors import UniSparseError
+from ..errors import InvalidInput, UniSparseError
 from ..parallel import Single, world
 from .options import Attention, flag, in_section
 
@@ -31,6 +31,15 @@ def refuse_several(command: str) -> None:
     """Raises UsageError, on every rank, when a command that runs in one process was started in several."""
     if world().size > 1:
         raise click.UsageError(f"unisparse-np {command} runs in one process, but {world().size} were started: start it without mpirun")
+
+
+def refuse_one_device(device: int | None) -> None:
+    """Raises InvalidInput when one GPU is named for several processes."""
+    if device is not None and world().size > 1:
+        raise InvalidInput(
+            f"--device {device} names one GPU, but each of {world().size} processes takes the one of its own number on its machine: "
+            "leave it out, or set CUDA_VISIBLE_DEVICES"
+        )
 
 
 def refuse_uneven(model_dir: str, tensor_parallel: int, *attentions: Attention) -> None:

@@ -28,9 +28,9 @@ from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_composites", "as_numpy", "check_finite", "compile_seconds", "compress", "dense_attention", "find_anchors",
-    "from_any", "layers", "name", "new_decoder", "new_sampler", "require_device", "run_batch", "run_dense", "run_sparse", "score_blocks",
-    "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_composites", "as_numpy", "carrier", "check_finite", "compile_seconds", "compress", "dense_attention",
+    "find_anchors", "from_any", "layers", "name", "new_decoder", "new_sampler", "require_device", "run_batch", "run_dense", "run_sparse",
+    "score_blocks", "select_blocks", "sparse_attention", "take_device", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "cupy"
@@ -39,3 +39,17 @@ xp = cupy
 
 def check_finite(q: Any, k: Any, v: Any, problem: Problem) -> None:
     """Nothing: looking at the values would hold the GPU up (see above)."""
+
+
+def take_device(rank: int, size: int) -> None:
+    """The GPU of this process, one of `size` on its machine (nccl.py, which is loaded only where several processes run)."""
+    from . import nccl
+
+    nccl.take_device(rank, size)
+
+
+def carrier(group: Any) -> Any:
+    """A Communicator of CuPy arrays among the ranks of a group."""
+    from .nccl import Nccl
+
+    return Nccl(group)

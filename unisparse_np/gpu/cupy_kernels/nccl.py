@@ -13,19 +13,17 @@ from ...errors import BackendUnavailable, InvalidInput
 class Nccl:
     """A Communicator (parallel.py) over CuPy arrays of this process's current device.
 
-    Calls return at once and take their place in CuPy's current stream, between the kernels before and after them; they
-    may be captured in a CUDA graph.
+    To be made after `take_device`. Calls return at once and take their place in CuPy's current stream, between the kernels
+    before and after them; they may be captured in a CUDA graph.
 
     Args:
         group: the ranks, as a Communicator whose `broadcast` works on the host: Mpi, or Single for one process.
 
     Raises:
-        BackendUnavailable: NCCL is not installed, or it cannot connect these ranks.
+        BackendUnavailable: NCCL cannot connect these ranks.
     """
 
     def __init__(self, group: Any) -> None:
-        if not nccl.available:
-            raise BackendUnavailable("several GPUs need NCCL, which CuPy does not find: pip install 'unisparse-np[multi-gpu]'")
         self.rank, self.size = group.rank, group.size
         self._group = group
         unique_id = group.broadcast(nccl.get_unique_id() if group.rank == 0 else None)
@@ -52,20 +50,21 @@ class Nccl:
         return self._group.broadcast(value)
 
 
-def connect(groups: tuple[Any, ...], on_this_host: Any) -> tuple[Any, ...]:
-    """Take this process's GPU, the one of its number on this machine, and return each group as one that carries CuPy arrays.
+def take_device(rank: int, size: int) -> None:
+    """Make GPU number `rank` this process's own, one of `size` on this machine. To be called before anything lies on a GPU.
 
     Raises:
-        InvalidInput: this machine has fewer GPUs than ranks.
-        BackendUnavailable: as from Nccl.
+        InvalidInput: this machine has fewer GPUs.
+        BackendUnavailable: NCCL is not installed.
     """
     devices = cupy.cuda.runtime.getDeviceCount()
-    if on_this_host.size > devices:
+    if size > devices:
         raise InvalidInput(
-            f"{on_this_host.size} ranks on a machine with {devices} visible GPUs: each rank needs one of its own, so start fewer a machine"
+            f"{size} ranks on a machine with {devices} visible GPUs: each rank needs one of its own, so start fewer a machine"
         )
-    cupy.cuda.Device(on_this_host.rank).use()  # before NCCL, which binds to the current device
-    return tuple(Nccl(group) if group.size > 1 else group for group in groups)
+    if not nccl.available:
+        raise BackendUnavailable("several GPUs need NCCL, which CuPy does not find: pip install 'unisparse-np[multi-gpu]'")
+    cupy.cuda.Device(rank).use()
 
 
 def _nccl_dtype(x: cupy.ndarray) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import InvalidInput
 from ...problem import Problem
 from . import availability, layers
 from .anchors import find_anchors
@@ -27,7 +28,8 @@ from .select import select_blocks
 
 __all__ = [
     "RunningKeySummary", "as_composites", "as_numpy", "availability", "check_finite", "compress", "dense_attention", "find_anchors",
-    "from_any", "layers", "name", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "from_any", "layers", "name", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "take_device",
+    "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "numba"
@@ -37,3 +39,8 @@ xp = np
 def as_composites(x: Any, problem: Problem, dtype: Any) -> Any:
     """Composite tokens as step 2 takes them for inputs of this dtype: as they are."""
     return x
+
+
+def take_device(rank: int, size: int) -> None:
+    """Raises InvalidInput: several processes are for speed, which is the other backends' business."""
+    raise InvalidInput("the numba backend runs in one process: start it without mpirun, or use --backend cupy or reference")
