@@ -1,0 +1,281 @@
+"""An 8B-shaped Llama on one GPU against transformers on the same card: prefill, memory, decode.
+
+    PYTHONPATH=. python benchmarks/llama_gpu.py [--longest 524288] [--only prefill,decode]
+
+The shape is Llama-3.1-8B's; weights are random bfloat16, made on the device. Random weights do not concentrate attention, so
+the density of sparse attention is *given*: the real selection runs and is timed, then its mask is replaced by one that holds
+the first block, the diagonal, the block before it, and as many random ones as the density asks for. Batch 1.
+Each side runs in a process of its own, one after the other, transformers with cuDNN's and with FlashAttention 2's kernels.
+Results go to benchmarks/results/llama_gpu_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LLAMA_3_1_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    "hidden_act": "silu", "torch_dtype": "bfloat16",
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+PREFILL = {8192: 5, 32768: 3, 131072: 2}  # tokens: timed runs, after one to warm up
+DENSITIES = (0.5, 0.25, 0.10)
+DECODE_CONTEXTS = (8192, 131072)
+# Random keys make attention even, so a share P of the mass is a share P of the blocks: P gives the density of sparse decode.
+DECODE_TOP_P, DECODE_HEAD_COMPRESS = 0.25, (1, 4)
+DECODE_STEPS = 32
+SDPA_KERNELS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}
+GIB = float(1 << 30)
+
+
+def timed(run: Callable[[], Any], times: int) -> float:
+    """Median seconds of `times` runs after one to warm up; each run waits for the device itself."""
+    run()
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def prompt_of(tokens: int) -> np.ndarray:
+    return np.random.default_rng(tokens).integers(0, LLAMA_3_1_8B["vocab_size"], tokens)
+
+
+# ---- transformers ----
+def transformers_rows(only: set[str]) -> list[dict[str, Any]]:
+    import torch
+    import transformers
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_3_1_8B, attn_implementation="sdpa")).eval()
+    rows = []
+
+    def prefill(ids: Any) -> Any:
+        with torch.inference_mode():
+            answer = model(ids, use_cache=True, logits_to_keep=1)
+        torch.cuda.synchronize()
+        return answer
+
+    def step(cache: Any) -> None:
+        with torch.inference_mode():
+            model(torch.zeros((1, 1), dtype=torch.long, device="cuda"), past_key_values=cache, use_cache=True)
+        torch.cuda.synchronize()
+
+    for name, kernel in SDPA_KERNELS.items():
+        with sdpa_kernel(getattr(SDPBackend, kernel)):
+            for tokens, times in PREFILL.items() if "prefill" in only else ():
+                ids = torch.from_numpy(prompt_of(tokens))[None].cuda()
+                row = {"work": "prefill", "tokens": tokens, "kernel": f"transformers {name}"}
+                torch.cuda.reset_peak_memory_stats()
+                try:
+                    row["seconds"] = timed(lambda ids=ids: prefill(ids), 1 if name == "flash" else times)
+                    row["peak_bytes"] = torch.cuda.max_memory_allocated()
+                except torch.OutOfMemoryError:
+                    row["out_of_memory"] = True
+                rows.append(show(row))
+    if "decode" in only:
+        cache = prefill(torch.from_numpy(prompt_of(DECODE_CONTEXTS[0]))[None].cuda()).past_key_values
+        seconds = timed(lambda: step(cache), DECODE_STEPS)
+        rows.append(show({"work": "decode", "tokens": DECODE_CONTEXTS[0], "kernel": "transformers", "seconds": seconds}))
+    return rows
+
+
+# ---- ours ----
+def ours_rows(only: set[str], longest: int) -> list[dict[str, Any]]:
+    import cupy
+
+    from unisparse_np import UniSparseConfig
+
+    model = new_llama(longest)
+    rows: list[dict[str, Any]] = []
+    if "prefill" in only:
+        for tokens, times in PREFILL.items():
+            rows.append(prefill_row(model, tokens, "dense", None, times))
+        for density in DENSITIES:
+            rows.append(prefill_row(model, 131072, UniSparseConfig(), density, 2))
+        if longest > 131072:
+            rows.append(prefill_row(model, longest, UniSparseConfig(), DENSITIES[-1], 0))
+    if "decode" in only:
+        rows += [read_floor(cupy)]
+        for tokens in DECODE_CONTEXTS:
+            sparse = [UniSparseConfig(top_p=DECODE_TOP_P, head_compress=heads) for heads in DECODE_HEAD_COMPRESS]
+            rows += [decode_row(model, tokens, attention) for attention in ("dense", *sparse)]
+    return rows
+
+
+def new_llama(longest: int) -> Any:
+    import cupy
+
+    from benchmarks.random_llama import random_llama
+    from unisparse_np.attention import load_model_backend
+    from unisparse_np.model.config import ModelConfig
+
+    model = random_llama(ModelConfig.from_dict(LLAMA_3_1_8B), load_model_backend("cupy"), max(longest, 131072 + 2 * DECODE_STEPS))
+    cupy.get_default_memory_pool().free_all_blocks()  # what drawing the numbers took
+    return model
+
+
+class GivenDensity:
+    """Runs the real selection and puts a mask of a given density in its place, while the `with` lasts."""
+
+    def __init__(self, density: float) -> None:
+        self.density, self.masks = density, {}
+
+    def __enter__(self) -> None:
+        from unisparse_np.gpu.cupy_kernels import run
+
+        self.module, self.real = run, run._select
+        run._select = self.select
+
+    def __exit__(self, *_: object) -> None:
+        self.module._select = self.real
+
+    def select(self, q: Any, k: Any, plan: Any, *rest: Any) -> tuple[Any, Any, Any]:
+        _, anchors, scores = self.real(q, k, plan, *rest)
+        if plan.problem not in self.masks:
+            self.masks[plan.problem] = self.mask(plan.problem)
+        return self.masks[plan.problem], anchors, scores
+
+    def mask(self, problem: Any) -> Any:
+        import cupy
+
+        from unisparse_np.gpu.cupy_kernels.select import BlockMask
+
+        size, anchors = problem.config.block_size, problem.config.key_anchors
+        share = (self.density - anchors / size) / (1 - anchors / size)  # of blocks selected; the others give their anchors
+        heads, rows, blocks = problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks
+        words = -(-blocks // 32)
+        block = cupy.arange(words * 32)[None, :]
+        last = (cupy.arange(rows) + problem.q_offset // size)[:, None]  # the diagonal
+        forced = (block == 0) | (block == last) | (block == last - 1)  # [Nq, Nk]
+        free = cupy.maximum(last - 2, 1)
+        wanted = cupy.clip(((last + 1) * share - 3) / free, 0, 1)  # of the blocks that are not forced
+        random = cupy.random.default_rng(problem.q_offset)
+        packed = cupy.empty((heads, rows, words), np.uint32)
+        counts = cupy.empty((heads, rows), np.int32)
+        for head in range(heads):
+            kept = ((random.random((rows, words * 32), dtype=np.float32) < wanted) | forced) & (block <= last)
+            packed[head] = cupy.packbits(kept.ravel(), bitorder="little").view(np.uint32).reshape(rows, words)
+            counts[head] = kept.sum(axis=1)
+        return BlockMask(packed, counts, problem.config.head_compress)
+
+
+def prefill_row(model: Any, tokens: int, attention: Any, density: float | None, times: int) -> dict[str, Any]:
+    """One prompt read; times = 0: one run alone, nothing to warm up."""
+    import contextlib
+
+    import cupy
+
+    ids = prompt_of(tokens).tolist()
+    densities: list[float] = []
+    cupy.get_default_memory_pool().free_all_blocks()
+
+    def run() -> None:
+        cache = model.new_cache(tokens, attention)
+        model.prefill(ids, cache, attention)  # the last logits come to the host: the device is done
+        densities[:] = model.layer_densities(cache)
+
+    with contextlib.nullcontext() if density is None else GivenDensity(density):
+        if times:
+            seconds = timed(run, times)
+        else:
+            begin = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begin
+    peak = cupy.cuda.runtime.memGetInfo()[1] - cupy.cuda.runtime.memGetInfo()[0]  # the pool keeps what it took
+    row = {"work": "prefill", "tokens": tokens, "kernel": "ours", "seconds": seconds, "peak_bytes": peak}
+    row |= {"given_density": density, "density": float(np.mean(densities))}
+    return show(row)
+
+
+def decode_row(model: Any, tokens: int, attention: Any) -> dict[str, Any]:
+    """Milliseconds a token behind a prompt. The prompt itself is read sparsely: only its length matters here."""
+    import cupy
+
+    from unisparse_np import UniSparseConfig
+
+    sparse = UniSparseConfig()
+    cache = model.new_cache(tokens + 2 * DECODE_STEPS, sparse)
+    with GivenDensity(0.1):
+        model.prefill(prompt_of(tokens).tolist(), cache, sparse)
+    seconds = timed(functools.partial(model.step, 17, cache, attention), DECODE_STEPS)
+    row = {"work": "decode", "tokens": tokens, "kernel": "ours dense", "seconds": seconds}
+    if attention != "dense":
+        row |= {"kernel": f"ours unisparse head_compress {attention.head_compress}", "given_density": attention.top_p}
+    del cache
+    cupy.get_default_memory_pool().free_all_blocks()
+    return show(row)
+
+
+def read_floor(cupy: Any) -> dict[str, Any]:
+    """How fast this card reads: 8 GB summed up by CuPy, bytes a second."""
+    words = cupy.ones(1 << 31, np.float32)
+    seconds = timed(lambda: (words.sum(), cupy.cuda.Device().synchronize()), 5)
+    return show({"work": "read", "kernel": "cupy sum", "seconds": seconds, "bytes_per_second": words.nbytes / seconds})
+
+
+def show(row: dict[str, Any]) -> dict[str, Any]:
+    print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
+    return row
+
+
+# ---- both, one after the other ----
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--longest", type=int, default=131072, help="tokens of one more sparse prefill (default: none beyond 131072)")
+    parser.add_argument("--only", default="prefill,decode", help="comma-separated: prefill, decode")
+    parser.add_argument("--sides", default="transformers,ours")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--to", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    only = set(arguments.only.split(","))
+    if arguments.side:
+        rows = transformers_rows(only) if arguments.side == "transformers" else ours_rows(only, arguments.longest)
+        Path(arguments.to).write_text(json.dumps(rows))
+        return
+    rows = []
+    for side in arguments.sides.split(","):
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, __file__, "--side", side, "--to", file.name, "--only", arguments.only]
+            subprocess.run([*command, "--longest", str(arguments.longest)], check=True)
+            rows += json.loads(Path(file.name).read_text())
+    report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Ratios within this run, and the file."""
+    import cupy
+
+    from benchmarks.common import stamp, write_result
+
+    baseline = {row["tokens"]: row.get("seconds") for row in rows if row["kernel"] == "transformers cudnn" and row["work"] == "prefill"}
+    for row in rows:
+        if row["work"] == "prefill" and row["kernel"] == "ours" and baseline.get(row["tokens"]):
+            row["times_faster_than_cudnn"] = baseline[row["tokens"]] / row["seconds"]
+            show(row)
+    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    result = {"stamp": stamp("cupy-cuda13x", "torch", "transformers"), "device": device, "config": LLAMA_3_1_8B, "rows": rows}
+    print(write_result(f"llama_gpu_{device.lower().replace(' ', '_')}", result))
+
+
+if __name__ == "__main__":
+    main()
