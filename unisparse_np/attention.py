@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from typing import Any, Literal
 
 from .arrays import check_array, dtype_name, on_gpu
@@ -100,7 +101,8 @@ def attend(
     q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d] in the backend's computing precision, and its Trace. q_composites:
     composite tokens of q in the backend's own form, where its `rotate_heads` has pooled them.
     """
-    problem = _problem_of(q, k, v, config, causal, q_offset, scale)
+    heads, q_len, head_dim = q.shape
+    problem = _problem(heads, k.shape[0], q_len, k.shape[1], head_dim, config, causal, q_offset, scale)
     return _run(q, k, v, problem, config, backend, key_summary, keep_scores=False, q_composites=q_composites)
 
 
@@ -191,17 +193,18 @@ def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q
         raise InvalidInput(f"q has batch {shapes['q'][0]} and k, v have {shapes['k'][0]}: they must be equal")
     if 0 in shapes["q"][:-3]:
         raise InvalidInput(f"q {shapes['q']} has an empty batch: give at least one item")
-    return Problem(
-        num_q_heads=shapes["q"][-3],
-        num_kv_heads=shapes["k"][-3],
-        q_len=shapes["q"][-2],
-        k_len=shapes["k"][-2],
-        head_dim=shapes["q"][-1],
-        config=UniSparseConfig() if config == "dense" else config,
-        causal=causal,
-        q_offset=q_offset,
-        scale=scale,
-    )
+    heads, q_len, head_dim = shapes["q"][-3:]
+    return _problem(heads, shapes["k"][-3], q_len, shapes["k"][-2], head_dim, config, causal, q_offset, scale)
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    num_q_heads: int, num_kv_heads: int, q_len: int, k_len: int, head_dim: int, config: AttentionConfig, causal: bool, q_offset: int | None,
+    scale: float | None,
+) -> Problem:  # fmt: skip
+    """Made and checked once for the layers of a model, which all have the same one."""
+    sparse = UniSparseConfig() if config == "dense" else config
+    return Problem(num_q_heads, num_kv_heads, q_len, k_len, head_dim, sparse, causal, q_offset, scale)
 
 
 def _check_key_summary(key_summary: KeySummary, problem: Problem) -> None:
