@@ -194,6 +194,7 @@ def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q
     if 0 in shapes["q"][:-3]:
         raise InvalidInput(f"q {shapes['q']} has an empty batch: give at least one item")
     heads, q_len, head_dim = shapes["q"][-3:]
+    scale = None if scale is None else float(scale)
     return _problem(heads, shapes["k"][-3], q_len, shapes["k"][-2], head_dim, config, causal, q_offset, scale)
 
 
