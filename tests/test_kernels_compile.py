@@ -47,7 +47,7 @@ def hopper_cases():
     """The same of the kernels that only Hopper runs."""
     for size, dim in ((64, 64), (128, 128)):
         yield "attend_sm90.cu", HOPPER, {"HEAD_DIM": dim, "BLOCK_SIZE": size}, "attend_sm90", 168 if size > 64 else 128, 0
-    for q, k in ((16, 16),):
+    for q, k in ((16, 16), (4, 4)):
         yield "scores_sm90.cu", HOPPER, {"HEAD_DIM": 128, "QUERIES_PER_BLOCK": q, "KEYS_PER_BLOCK": k}, "score_tiles", 96, 0
 
 

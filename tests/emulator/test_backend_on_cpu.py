@@ -22,6 +22,7 @@ CAUSAL_64 = Problem(2, 1, 70, 230, 64, UniSparseConfig(64, 4, 4, 2, top_p=0.3, s
 NOT_CAUSAL_128 = Problem(1, 1, 140, 290, 64, UniSparseConfig(top_p=0.2, key_anchors=2, sink_blocks=0), causal=False)
 WIDE_128 = Problem(1, 1, 130, 140, 128, UniSparseConfig(top_p=0.6))
 HALF_BLOCKS_256 = Problem(1, 1, 270, 520, 64, UniSparseConfig(256, 16, 16, top_p=0.3, sink_blocks=0, local_blocks=0))
+SMALL_BLOCKS = Problem(2, 1, 300, 1000, 64, UniSparseConfig(128, 32, 32, top_p=0.5, row_threshold=0.1))  # 4 composites each
 # The first 64 composite queries of a block see one tile of 128 composite keys, the others two.
 SPLIT_TILES = Problem(1, 1, 256, 1200, 64, UniSparseConfig(256, 2, 8, top_p=0.5, row_threshold=0.05), q_offset=870)
 
@@ -78,6 +79,10 @@ def test_hopper_blocks_of_64():
 
 def test_hopper_not_causal_with_anchors():
     check(NOT_CAUSAL_128, "90", seed=1)
+
+
+def test_hopper_blocks_of_4_composites():
+    assert "score_tiles" in check(SMALL_BLOCKS, "90", seed=2)
 
 
 def test_portable_blocks_of_64():

@@ -1,6 +1,6 @@
 """Steps 2 and 3 of ALGORITHM.md on the GPU: compressed attention, summed per block as it is computed.
 
-cuda/scores_sm90.cu on Hopper for blocks of 16 composites and more, cuda/scores.cu for everything else.
+cuda/scores_sm90.cu on Hopper for blocks of 4 composites and more, cuda/scores.cu for everything else.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from .room import Layout, allocate, bytes_of, view
 from .shapes import Rows, rows_of, uses_tensor_cores
 
 PORTABLE_THREADS, PORTABLE_ROWS, PORTABLE_COLUMNS, PORTABLE_WARP_ROWS = 256, 256, 64, 32  # of scores.cu
-HOPPER_THREADS, HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_GROUP, HOPPER_STAGES = 640, 256, 128, 16, 4  # of scores_sm90.cu
+HOPPER_THREADS, HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_STAGES = 640, 256, 128, 4  # of scores_sm90.cu
 MERGE_THREADS = 128
 HOPPER_HEAD_DIMS = (64, 128)
-HOPPER_KEYS_PER_BLOCK = (16, 32, 64)
-WORKSPACE_BYTES = 1 << 30  # the most that the sums of 16 keys may take; heads are done in slices that fit
+HOPPER_KEYS_PER_BLOCK = (4, 8, 16, 32, 64)
+HOPPER_LEAST_QUERIES_PER_BLOCK = 4
+MOST_SHARED_BYTES = 227 << 10  # of a Hopper thread block
+WORKSPACE_BYTES = 1 << 30  # the most that the sums of a few keys may take; heads are done in slices that fit
 UNITS = 2.0**30  # scores are whole numbers of 1 / UNITS of a query block's mass
 
 
@@ -76,13 +78,13 @@ def scores_layout(plan: Plan) -> Layout:
 
 
 def score_sizes(plan: Plan) -> dict[str, int]:
-    """Bytes of units, peak, and on Hopper of the sums of 16 keys and of the tiles' maxima."""
+    """Bytes of units, peak, and on Hopper of the sums of groups of keys and of the tiles' maxima."""
     scores = bytes_of(plan.scores_shape, np.uint32)
     tiles = heads_at_once(plan) * padded_queries(plan) * tiles_of_keys(plan) if _on_hopper(plan) else 0
     return {
         "units": scores,
         "peak": 0 if plan.problem.config.row_threshold is None else scores,
-        "sums": 2 * tiles * (HOPPER_COLUMNS // HOPPER_GROUP),
+        "sums": 2 * tiles * groups(plan),
         "maxima": 4 * tiles,
     }
 
@@ -102,7 +104,8 @@ def adds_to_scores(plan: Plan) -> bool:
 
 
 def _on_hopper(plan: Plan) -> bool:
-    fits = plan.queries_per_block >= HOPPER_GROUP and plan.keys_per_block in HOPPER_KEYS_PER_BLOCK
+    fits = plan.queries_per_block >= HOPPER_LEAST_QUERIES_PER_BLOCK and plan.keys_per_block in HOPPER_KEYS_PER_BLOCK
+    fits = fits and plan.once(merge_shared_bytes) <= MOST_SHARED_BYTES
     return fits and plan.problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
 
 
@@ -125,7 +128,7 @@ def _score_in_one_pass(qc: int, kc: Rows, units: int, peak: int, sums: int, maxi
     for first in range(0, heads, slice_heads):
         count = min(slice_heads, heads - first)
         score(ceil_div(q_length, HOPPER_ROWS), count, queries, keys, shape, first, sums, maxima)
-        merge(problem.num_q_blocks, count, sums, maxima, shape, first, units, peak)
+        merge(ceil_div(q_length, max(16, plan.queries_per_block)), count, sums, maxima, shape, first, units, peak)
 
 
 def padded_queries(plan: Plan) -> int:
@@ -138,9 +141,14 @@ def tiles_of_keys(plan: Plan) -> int:
     return ceil_div(plan.problem.num_k_composites, HOPPER_COLUMNS)
 
 
+def groups(plan: Plan) -> int:
+    """GROUPS of scores_sm90.cu: sums that a composite query and tile store."""
+    return HOPPER_COLUMNS // min(16, plan.keys_per_block)
+
+
 def heads_at_once(plan: Plan) -> int:
     """Composite heads whose sums fit WORKSPACE_BYTES."""
-    bytes_per_head = padded_queries(plan) * tiles_of_keys(plan) * (2 * HOPPER_COLUMNS // HOPPER_GROUP + 4)
+    bytes_per_head = padded_queries(plan) * tiles_of_keys(plan) * (2 * groups(plan) + 4)
     return min(plan.problem.num_composite_heads, max(1, WORKSPACE_BYTES // bytes_per_head))
 
 
@@ -155,6 +163,8 @@ def shared_bytes_sm90(head_dim: int) -> int:
 
 
 def merge_shared_bytes(plan: Plan) -> int:
-    """Shared memory of a thread block of merge_scores: mean and peak of every key block, and the sums of 16 queries."""
-    blocks = ceil_div(plan.problem.num_k_composites, HOPPER_COLUMNS) * (HOPPER_COLUMNS // plan.keys_per_block)
-    return 4 * (2 * blocks + 16 + 2 * 4 * 16)
+    """Shared memory of a thread block of merge_scores: its map."""
+    q_blocks = max(1, 16 // plan.queries_per_block)
+    blocks = tiles_of_keys(plan) * (HOPPER_COLUMNS // plan.keys_per_block)
+    arrays = 1 if plan.problem.config.row_threshold is None else 2
+    return 4 * (16 + 2 * 4 * 16 + arrays * q_blocks * blocks)

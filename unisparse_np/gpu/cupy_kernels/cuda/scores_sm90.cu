@@ -6,21 +6,24 @@
 //      nothing; what leaves is, for each query, 8 sums of 16 keys (float16) and the maximum: 1/13 of the scores' bytes.
 //      merge_scores then knows every maximum, forms the log-sum-exp and the exact shares, and adds them up per block.
 //      Four warpgroups a thread block overlap each other's products and exponentials: both units are busy about as long.
+//   3  blocks of 4 and 8 composites too: a stored sum is then a block, and a thread block merges several query blocks
 //
-// For QUERIES_PER_BLOCK >= 16 and KEYS_PER_BLOCK 16, 32 or 64; scores.cu does the rest.
-// A stored sum lies between 2^-24 and 16 of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
+// For QUERIES_PER_BLOCK >= 4 and KEYS_PER_BLOCK 4 to 64; scores.cu does the rest.
+// A stored sum lies between 2^-24 and GROUP of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
 // under 1e-7 of the row. Rows are normalised by the stored sums, so that they still sum to 1.
 //
 // Shared memory of score_tiles, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]):
-//   Q [ROWS], K_STAGES x K [COLUMNS], barriers. Of merge_scores: log-sum-exp [QUERIES_PER_BLOCK], mean [Nk], peak [Nk].
+//   Q [ROWS], K_STAGES x K [COLUMNS], barriers.
+// Of merge_scores: mean [Q_BLOCKS][Nk in whole tiles], peak likewise where it is wanted, log-sum-exp [16], warps' maxima and sums.
 #include "composites.cuh"
 #include "hopper.cuh"
 
 #define CONSUMERS 4
 #define ROWS (64 * CONSUMERS)
 #define COLUMNS 128
-#define GROUP 16                      // keys a stored sum
-#define GROUPS (COLUMNS / GROUP)      // stored sums a tile and query
+#define GROUP (KEYS_PER_BLOCK < 16 ? KEYS_PER_BLOCK : 16)  // keys a stored sum
+#define GROUPS (COLUMNS / GROUP)                           // stored sums a tile and query
+#define GROUPS_PER_LANE (GROUPS / 4)                       // of those, each lane of a quad stores its own
 #define K_STAGES 4
 #define THREADS (128 * (CONSUMERS + 1))
 #define Q_BYTES (ROWS * HEAD_DIM * 2)
@@ -32,22 +35,37 @@
 #define K_FULL(i) (barriers + 8 + 8 * (i))
 #define K_EMPTY(i) (barriers + 8 + 8 * (K_STAGES + (i)))
 
-// Eight values a lane, summed over the four lanes of a quad: lane t of it ends with sums 2 t and 2 t + 1.
-DEVICE float2 sum_quad(const float (&x)[GROUPS], int t) {
-  float y[4];
+// N values a lane, summed over the two lanes whose index differs in `bit`: the upper one ends with the upper half of the sums.
+template <int N> DEVICE void sum_pair(float (&half)[N / 2], const float (&x)[N], int bit, bool upper) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float keep = t & 2 ? x[i + 4] : x[i], give = t & 2 ? x[i] : x[i + 4];
-    y[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+  for (int i = 0; i < N / 2; ++i) {
+    const float keep = upper ? x[i + N / 2] : x[i], give = upper ? x[i] : x[i + N / 2];
+    half[i] = keep + __shfl_xor_sync(0xffffffffu, give, bit);
   }
-  float2 z;
-  z.x = (t & 1 ? y[2] : y[0]) + __shfl_xor_sync(0xffffffffu, t & 1 ? y[0] : y[2], 1);
-  z.y = (t & 1 ? y[3] : y[1]) + __shfl_xor_sync(0xffffffffu, t & 1 ? y[1] : y[3], 1);
-  return z;
 }
 
-// One tile of scores: sums[2] for the thread's two rows, and their maxima in units of log2.
-DEVICE void exponentiate(const float (&s)[COLUMNS / 2], float c, int t, float2 (&sums)[2], float (&highest)[2]) {
+// The sums that lane t of a quad stores at places GROUPS_PER_LANE * t .. of its query's: parts[j] is the lane's share of the tile's
+// columns 8 j .. 8 j + 7, of which it holds two.
+DEVICE void sum_groups(float (&sums)[GROUPS_PER_LANE], const float (&parts)[16], int t) {
+#if GROUP == 16
+  float pairs[8], half[4];
+#pragma unroll
+  for (int g = 0; g < 8; ++g) pairs[g] = parts[2 * g] + parts[2 * g + 1];
+  sum_pair(half, pairs, 2, t & 2);
+  sum_pair(sums, half, 1, t & 1);
+#elif GROUP == 8
+  float half[8];
+  sum_pair(half, parts, 2, t & 2);
+  sum_pair(sums, half, 1, t & 1);
+#else
+  sum_pair(sums, parts, 1, t & 1);
+#endif
+}
+// Which group of the tile the sum at place p of a query's GROUPS is of.
+DEVICE int group_at(int p) { return GROUP >= 8 ? p : 16 * (p >> 3 & 1) + 2 * (p & 7) + (p >> 4); }
+
+// One tile of scores: the lane's sums for the thread's two rows, and the rows' maxima in units of log2.
+DEVICE void exponentiate(const float (&s)[COLUMNS / 2], float c, int t, float (&sums)[2][GROUPS_PER_LANE], float (&highest)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float x = fmaxf(s[2 * half], s[2 * half + 1]), y = fmaxf(s[4 + 2 * half], s[5 + 2 * half]);
@@ -58,14 +76,23 @@ DEVICE void exponentiate(const float (&s)[COLUMNS / 2], float c, int t, float2 (
     }
     highest[half] = quad_max(fmaxf(x, y)) * c;
     const float base = highest[half] == -INFINITY_F ? 0.f : highest[half];  // a row that sees nothing of this tile
-    float group[GROUPS];
+    float parts[COLUMNS / 8];
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const float* z = s + 8 * g + 2 * half;
-      group[g] = (exp2_fast(fmaf(z[0], c, -base)) + exp2_fast(fmaf(z[1], c, -base))) + (exp2_fast(fmaf(z[4], c, -base)) + exp2_fast(fmaf(z[5], c, -base)));
-    }
-    sums[half] = sum_quad(group, t);
+    for (int j = 0; j < COLUMNS / 8; ++j)
+      parts[j] = exp2_fast(fmaf(s[4 * j + 2 * half], c, -base)) + exp2_fast(fmaf(s[4 * j + 1 + 2 * half], c, -base));
+    sum_groups(sums[half], parts, t);
   }
+}
+
+// A lane's sums of one query as float16, in one store.
+DEVICE void store_sums(uint32_t* to, const float (&sums)[GROUPS_PER_LANE]) {
+#if GROUP == 16
+  *to = pack_half(sums[0], sums[1]);
+#elif GROUP == 8
+  *(int2*)to = make_int2(pack_half(sums[0], sums[1]), pack_half(sums[2], sums[3]));
+#else
+  *(int4*)to = make_int4(pack_half(sums[0], sums[1]), pack_half(sums[2], sums[3]), pack_half(sums[4], sums[5]), pack_half(sums[6], sums[7]));
+#endif
 }
 
 // Grid: (ceil(Tq / ROWS), composite heads of this launch). queries, keys: maps over qc [Hc, Tq, d], kc [Hkc, Tk, d] float16.
@@ -148,13 +175,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
             if (8 * j + 1 > d1) s[4 * j + 3] = -INFINITY_F;
           }
         }
-        float2 sum[2];
+        float sum[2][GROUPS_PER_LANE];
         float highest[2];
         exponentiate(s, c, t, sum, highest);
         if (exists) {
           uint32_t* tile_sums = sums + (at + n) * (16 * GROUPS / 2);
-          tile_sums[row16 * (GROUPS / 2) + t] = pack_half(sum[0].x, sum[0].y);
-          tile_sums[(row16 + 8) * (GROUPS / 2) + t] = pack_half(sum[1].x, sum[1].y);
+          store_sums(tile_sums + row16 * (GROUPS / 2) + t * (GROUPS_PER_LANE / 2), sum[0]);
+          store_sums(tile_sums + (row16 + 8) * (GROUPS / 2) + t * (GROUPS_PER_LANE / 2), sum[1]);
           if (t < 2) maxima[(at + n) * 16 + row16 + 8 * t] = t ? highest[1] : highest[0];
         }
       } else if (lane == 0) {
@@ -168,37 +195,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
 // ------------------------------------------------------------------------------------------------ merger
 #define MERGE_THREADS 128
 #define GROUPS_PER_BLOCK (KEYS_PER_BLOCK / GROUP)
-#define BLOCKS_PER_LANE (4 / GROUPS_PER_BLOCK)
+#define BLOCKS_PER_TILE (COLUMNS / KEYS_PER_BLOCK)
+#define QUERIES (QUERIES_PER_BLOCK < 16 ? 16 : QUERIES_PER_BLOCK)  // of a thread block
+#define Q_BLOCKS (QUERIES / QUERIES_PER_BLOCK)
+#define ROWS_PER_BLOCK (QUERIES_PER_BLOCK < 16 ? QUERIES_PER_BLOCK : 16)  // of 16 queries, those of one block
 
-struct FourSums {  // a lane's share of a tile: half a query's sums
-  float x[4];
-  DEVICE explicit FourSums(const uint2* sums) {
-    const uint2 raw = *sums;
-    x[0] = from_half((uint16_t)raw.x);
-    x[1] = from_half((uint16_t)(raw.x >> 16));
-    x[2] = from_half((uint16_t)raw.y);
-    x[3] = from_half((uint16_t)(raw.y >> 16));
+struct LaneSums {  // a lane's share of a tile: half a query's sums
+  float x[GROUPS / 2];
+  DEVICE explicit LaneSums(const uint32_t* sums) {  // those of a tile's first query
+    const uint32_t* mine = sums + (threadIdx.x & 31) * (GROUPS / 4);
+    uint32_t raw[GROUPS / 4];
+#pragma unroll
+    for (int i = 0; i < GROUPS / 4; i += 2) {
+      const uint2 pair = *(const uint2*)(mine + i);
+      raw[i] = pair.x;
+      raw[i + 1] = pair.y;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS / 4; ++i) {
+      x[2 * i] = from_half((uint16_t)raw[i]);
+      x[2 * i + 1] = from_half((uint16_t)(raw[i] >> 16));
+    }
+  }
+  DEVICE float total() const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < GROUPS / 2; i += 4) sum += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
+    return sum;
   }
 };
 
-// Grid: (Nq, composite heads of this launch). Reads what score_tiles wrote; mean [Hc, Nq, Nk] in units, peak [Hc, Nq, Nk] or null.
+// Grid: (query blocks, or sixteens of composite queries where blocks are smaller; composite heads of this launch). Reads what
+// score_tiles wrote; mean [Hc, Nq, Nk] in units, peak [Hc, Nq, Nk] or null.
 extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
-    const uint2* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, uint32_t* __restrict__ mean,
+    const uint32_t* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, uint32_t* __restrict__ mean,
     float* __restrict__ peak)
 {
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row16 = lane >> 1, side = lane & 1;
-  const int q_block = gridDim.x - 1 - blockIdx.x;
-  const int first_query = q_block * QUERIES_PER_BLOCK, exist = min(QUERIES_PER_BLOCK, shape.num_q_composites - first_query);
-  const int pitch = ceil_div(shape.num_k_composites, COLUMNS), blocks = pitch * (COLUMNS / KEYS_PER_BLOCK);
+  const int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES, exist = min(QUERIES, shape.num_q_composites - first_query);
+  const int pitch = ceil_div(shape.num_k_composites, COLUMNS), blocks = pitch * BLOCKS_PER_TILE;
   const int64_t head_at = (int64_t)blockIdx.y * ceil_div(shape.num_q_composites, 16);
-  float* mean_here = (float*)shared;         // [blocks]
-  float* peak_here = mean_here + blocks;     // [blocks]
-  float* log_sums = peak_here + blocks;      // [16]
-  float* warp_max = log_sums + 16;           // [4][16]
-  float* warp_sum = warp_max + 4 * 16;       // [4][16]
+  float* log_sums = (float*)shared;             // [16]
+  float* warp_max = log_sums + 16;              // [4][16]
+  float* warp_sum = warp_max + 4 * 16;          // [4][16]
+  float* mean_here = warp_sum + 4 * 16;         // [Q_BLOCKS][blocks]
+  float* peak_here = mean_here + Q_BLOCKS * blocks;  // likewise, where peak is wanted
 
-  for (int j = threadIdx.x; j < 2 * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;  // peak_here too
+  for (int j = threadIdx.x; j < (peak ? 2 : 1) * Q_BLOCKS * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;
   __syncthreads();
   for (int rows = 0; rows < exist; rows += 16) {
     // these queries' own tiles: score_tiles writes no tile that none of them sees
@@ -207,10 +251,10 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     float highest = -INFINITY_F, sum = 0.f;
 #pragma unroll 4
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
-      const FourSums s(sums + (at + n) * (16 * GROUPS / 4) + lane);
+      const LaneSums s(sums + (at + n) * (16 * GROUPS / 2));
       const float here = maxima[(at + n) * 16 + row16];
       const float next = fmaxf(fmaxf(highest, here), -1e30f);  // finite also where a query has seen nothing yet
-      sum = sum * exp2_fast(highest - next) + ((s.x[0] + s.x[1]) + (s.x[2] + s.x[3])) * exp2_fast(here - next);
+      sum = sum * exp2_fast(highest - next) + s.total() * exp2_fast(here - next);
       highest = next;
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);  // both sides of a query have the same maximum
@@ -230,22 +274,23 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     const float log_sum = log_sums[row16];
 #pragma unroll 4
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
-      const FourSums s(sums + (at + n) * (16 * GROUPS / 4) + lane);
+      const LaneSums s(sums + (at + n) * (16 * GROUPS / 2));
       const float weight = exp2_fast(maxima[(at + n) * 16 + row16] - log_sum);
 #pragma unroll
-      for (int b = 0; b < BLOCKS_PER_LANE; ++b) {
+      for (int b = 0; b < BLOCKS_PER_TILE / 2; ++b) {
         float share = 0.f;
 #pragma unroll
         for (int g = 0; g < GROUPS_PER_BLOCK; ++g) share += s.x[b * GROUPS_PER_BLOCK + g];
         share = weight > 0.f ? share * weight : 0.f;
         float most = share;
 #pragma unroll
-        for (int bit = 2; bit < 32; bit *= 2) {
+        for (int bit = 2; bit < 2 * ROWS_PER_BLOCK; bit *= 2) {
           share += __shfl_xor_sync(0xffffffffu, share, bit);
           if (peak) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
         }
-        const int block = n * (COLUMNS / KEYS_PER_BLOCK) + side * BLOCKS_PER_LANE + b;
-        if (lane < 2) {  // the same lane every time: sums keep their order
+        const int place = side * (BLOCKS_PER_TILE / 2) + b;
+        const int block = n * BLOCKS_PER_TILE + (GROUPS_PER_BLOCK == 1 ? group_at(place) : place) + row16 / ROWS_PER_BLOCK * blocks;
+        if (row16 % ROWS_PER_BLOCK == 0) {  // the same lane every time: sums keep their order
           mean_here[block] += share;
           if (peak) peak_here[block] = fmaxf(most, peak_here[block]);
         }
@@ -253,10 +298,15 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     }
     __syncthreads();
   }
-  const int64_t out_at = ((int64_t)(first_head + blockIdx.y) * shape.num_q_blocks + q_block) * shape.num_k_blocks;
-  const int visible = visible_blocks(shape, q_block);
-  for (int j = threadIdx.x; j < visible; j += MERGE_THREADS) {
-    mean[out_at + j] = (uint32_t)__float2int_rn(mean_here[j] * (UNIT / exist));
-    if (peak) peak[out_at + j] = peak_here[j];
+  for (int i = 0; i < Q_BLOCKS; ++i) {
+    const int q_block = first_query / QUERIES_PER_BLOCK + i;
+    if (q_block >= shape.num_q_blocks) break;
+    const int queries = min(QUERIES_PER_BLOCK, shape.num_q_composites - q_block * QUERIES_PER_BLOCK);
+    const int64_t out_at = ((int64_t)(first_head + blockIdx.y) * shape.num_q_blocks + q_block) * shape.num_k_blocks;
+    const int visible = visible_blocks(shape, q_block);
+    for (int j = threadIdx.x; j < visible; j += MERGE_THREADS) {
+      mean[out_at + j] = (uint32_t)__float2int_rn(mean_here[i * blocks + j] * (UNIT / queries));
+      if (peak) peak[out_at + j] = peak_here[i * blocks + j];
+    }
   }
 }

@@ -3,6 +3,7 @@
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  Top-P without a sort: the smallest score that is kept is found bit by bit (at most 30 sums over the row), then ties at
 //      that score are filled in index order; exactly the stable sort's prefix, whatever the order of summation
+//   2  four scores a load: the sums are bound by instructions, not by memory
 //
 // One warp a row [Nk]; scores are whole numbers in units of 2^-30. Shared memory: WARPS rows of scores.
 #include "select_row.cuh"

@@ -5,13 +5,19 @@
 // A score in units of 2^-30 as it comes back from float32, which is what score_blocks hands out: both ways of calling agree to the bit.
 DEVICE uint32_t as_handed_out(uint32_t units) { return (uint32_t)__uint2float_rn(units); }
 
-// The largest t such that the scores of at least t sum to `wanted` or more.
+// The largest t such that the scores of at least t sum to `wanted` or more. scores: from a 16-byte boundary.
 DEVICE uint32_t lowest_kept(const uint32_t* scores, int n, uint32_t wanted, uint32_t highest, int lane) {
+  const int whole = n & ~127;
   uint32_t t = 0;
   for (int bit = 31 - __clz(highest | 1); bit >= 0; --bit) {
     const uint32_t candidate = t | (1u << bit);
     uint32_t sum = 0;
-    for (int i = lane; i < n; i += 32) sum += scores[i] >= candidate ? scores[i] : 0;
+    for (int i = 4 * lane; i < whole; i += 128) {
+      const int4 four = *(const int4*)(scores + i);
+      const uint32_t a = four.x, b = four.y, c = four.z, d = four.w;
+      sum += ((a >= candidate ? a : 0) + (b >= candidate ? b : 0)) + ((c >= candidate ? c : 0) + (d >= candidate ? d : 0));
+    }
+    for (int i = whole + lane; i < n; i += 32) sum += scores[i] >= candidate ? scores[i] : 0;
     if (__reduce_add_sync(0xffffffffu, sum) >= wanted) t = candidate;
   }
   return t;

@@ -1,0 +1,128 @@
+"""What compute-sanitizer is run on: `python -m tests.gpu.sanitized CASE`. CuPy's memory pool is off: every array has its own bounds.
+
+native, portable   whole calls on small problems: blocks of 64, 128, 256, head_dim 64, 128 and 96, anchors, both rules, NaN, dense
+record             the smallest program that hands a record over shared memory by mbarriers, as attend_sm90.cu does
+tma_store          the smallest program that writes an array by a TMA store and reads it again, as attend_sm90.cu does with its output
+
+The last two tell what the tools can follow: see docs/kernels.md, "Tools".
+"""
+
+from __future__ import annotations
+
+import sys
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+from unisparse_np import Problem, UniSparseConfig
+from unisparse_np.gpu import cupy_kernels as engine
+from unisparse_np.gpu.cupy_kernels import attend, device, scores
+
+PROBLEMS = [
+    Problem(2, 1, 70, 230, 64, UniSparseConfig(64, 4, 4, 2, top_p=0.3, sink_blocks=0, local_blocks=0), q_offset=130),
+    Problem(1, 1, 140, 290, 64, UniSparseConfig(top_p=0.2, key_anchors=2, sink_blocks=0), causal=False),
+    Problem(2, 1, 130, 300, 128, UniSparseConfig(top_p=0.6, row_threshold=0.1)),
+    Problem(1, 1, 270, 520, 64, UniSparseConfig(256, 16, 16, top_p=0.3, sink_blocks=0, local_blocks=0)),
+    Problem(1, 1, 100, 300, 128, UniSparseConfig(128, 32, 32, top_p=0.5)),
+    Problem(1, 1, 40, 100, 96, UniSparseConfig(64, 8, 8, top_p=0.5)),
+]
+
+
+def calls(portable: bool) -> None:
+    """Every problem sparse and dense, and once with a NaN behind a query."""
+    if portable:
+        attend.HOPPER_HEAD_DIMS = scores.HOPPER_HEAD_DIMS = ()
+    for n, problem in enumerate(PROBLEMS):
+        rng = np.random.default_rng(n)
+        q, k, v = (
+            cupy.asarray(rng.standard_normal((heads, length, problem.head_dim)).astype(ml_dtypes.bfloat16))
+            for heads, length in ((problem.num_q_heads, problem.q_len), *2 * [(problem.num_kv_heads, problem.k_len)])
+        )
+        if n == 2:
+            v[:, -1] = np.nan
+        cupy.asnumpy(engine.run_sparse(q, k, v, problem)[0])
+        cupy.asnumpy(engine.run_dense(q, k, v, problem)[0])
+
+
+RECORD = r"""
+__device__ unsigned address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ void arrive(unsigned b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
+__device__ void wait(unsigned b, unsigned parity) {
+  asm volatile("{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}"
+               ::"r"(b), "r"(parity) : "memory");
+}
+// Warp 0 hands 8 records to warp 1, one after the other, through one place in shared memory. READERS lanes read it, lane 0 arrives.
+extern "C" __global__ void hand_over(int* out) {
+  __shared__ alignas(16) int record[4];
+  __shared__ alignas(8) unsigned long long full, empty;
+  const unsigned f = address(&full), e = address(&empty);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(f));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(e));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  const int lane = threadIdx.x & 31;
+  for (int n = 0; n < 8; ++n) {
+    if (threadIdx.x < 32) {
+      wait(e, (n & 1) ^ 1);
+      if (lane == 0) { record[0] = 3 * n; arrive(f); }
+    } else {
+      wait(f, n & 1);
+      int seen = lane < READERS ? record[0] : 0;
+      if (READERS == 1) seen = __shfl_sync(0xffffffffu, seen, 0);
+      __syncwarp();
+      if (lane == 0) arrive(e);
+      out[32 * n + lane] = seen;
+    }
+  }
+}
+"""
+
+TMA_STORE = r"""
+extern "C" __global__ void store(const __grid_constant__ TensorMap output) {
+  DYNAMIC_SHARED(shared);
+  const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
+  for (int i = threadIdx.x; i < 64 * 64 / 2; i += 32) store_shared(base + 4 * i, 0x3f803f80u);
+  fence_shared_for_tma();
+  __syncwarp();
+  if (threadIdx.x == 0) { tma_store(&output, base, 0, 0); tma_wait_all(); }
+}
+extern "C" __global__ void read(const uint32_t* x, uint32_t* out) { out[threadIdx.x] = x[threadIdx.x]; }
+"""
+
+
+def hand_over(readers: int) -> None:
+    """The records arrive, and are read by one lane or by all of a warp."""
+    kernel = cupy.RawModule(code=RECORD, options=("-std=c++17", f"-DREADERS={readers}"), backend="nvrtc").get_function("hand_over")
+    out = cupy.zeros(256, np.int32)
+    kernel((1,), (64,), (out,))
+    assert (cupy.asnumpy(out).reshape(8, 32) == 3 * np.arange(8)[:, None]).all()
+
+
+def tma_store() -> None:
+    """Ones, written by TMA into memory that nobody wrote before, and read by a kernel."""
+    headers = "\n".join((device.SOURCES / name).read_text().replace("#pragma once", "") for name in ("ptx.cuh", "hopper.cuh"))
+    code = headers.replace('#include "ptx.cuh"', "") + TMA_STORE
+    module = cupy.RawModule(code=code, options=("-std=c++17", "-arch=sm_90a", "-DIS_FLOAT16=0"), backend="nvrtc")
+    x, out = cupy.empty((1, 64, 64), ml_dtypes.bfloat16), cupy.zeros(32, np.uint32)
+    encoded = device.tensor_map(x.data.ptr, 1, 64, 64, 64 * 64, 64, False, 64)
+    module.get_function("store")((1,), (32,), (np.frombuffer(encoded, "V128"),), shared_mem=64 * 128 + 1024)
+    module.get_function("read")((1,), (32,), (x, out))
+    assert (cupy.asnumpy(out) == 0x3F803F80).all()
+
+
+CASES = {
+    "native": lambda: calls(portable=False),
+    "portable": lambda: calls(portable=True),
+    "record": lambda: hand_over(32),
+    "record read by one lane": lambda: hand_over(1),
+    "tma_store": tma_store,
+}
+
+if __name__ == "__main__":
+    cupy.cuda.set_allocator(None)
+    CASES[sys.argv[1]]()
+    cupy.cuda.Device().synchronize()
+    print("done")
