@@ -167,6 +167,9 @@ class Answer:
 
 def closing_lines(s: Statistics, load_seconds: float) -> str:
     """What generate reports at the end, one line a subject."""
+    ranks = (
+        (f"ranks     {s.processes} processes, the busiest kept {s.busiest_rank:.2f} times the mean of blocks",) if s.busiest_rank else ()
+    )
     return "\n".join(
         (
             f"prompt    {s.prompt_tokens:,} tokens in {s.prefill_seconds:.2f} s ({s.prefill_tokens_per_second:,.0f} tokens/s), "
@@ -175,6 +178,7 @@ def closing_lines(s: Statistics, load_seconds: float) -> str:
             f"density   mean {s.density_mean:.3f}, lowest layer {s.density_lowest:.3f}, highest {s.density_highest:.3f} (dense is 1)",
             f"memory    {s.peak_memory_bytes / 2**20:,.0f} MiB at the peak"
             + ("" if s.device_peak_memory_bytes is None else f", {s.device_peak_memory_bytes / 2**20:,.0f} MiB on the GPU"),
+            *ranks,
             f"load      {load_seconds:.2f} s" + ("" if s.compile_seconds is None else f"; kernels made ready in {s.compile_seconds:.2f} s"),
         )
     )

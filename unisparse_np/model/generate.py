@@ -6,7 +6,7 @@ import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -166,7 +166,22 @@ def _with_statistics(pieces: Iterator[Piece], model: Llama, cache: KVCache, prom
             yield piece
         else:
             statistics = stopwatch.statistics(prompt_tokens, count, model.layer_densities(cache))
-            yield Piece(piece.text, piece.token_id, piece.finish_reason, statistics)
+            yield Piece(piece.text, piece.token_id, piece.finish_reason, _over_ranks(statistics, model, cache))
+
+
+def _over_ranks(statistics: Statistics, model: Llama, cache: KVCache) -> Statistics:
+    """On several ranks: the largest memory of any, and how far the busiest is from the mean."""
+    if model.ranks.world.size == 1:
+        return statistics
+    own = (statistics.peak_memory_bytes, statistics.device_peak_memory_bytes or 0, float(cache.counts()[:, 0].sum()))
+    host, device, kept = zip(*model.ranks.world.gather_values(own), strict=True)
+    return replace(
+        statistics,
+        processes=len(kept),
+        peak_memory_bytes=max(host),
+        device_peak_memory_bytes=None if statistics.device_peak_memory_bytes is None else max(device),
+        busiest_rank=max(kept) * len(kept) / sum(kept),
+    )
 
 
 def _releasing(cache: KVCache, pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -21,6 +21,8 @@ class Statistics:
     device_peak_memory_bytes: the most the process has held on its GPU so far; None without one.
     compile_seconds: of the prefill and decode times, what went into compiling kernels, or fetching compiled ones from disk;
         None where nothing is compiled.
+    processes: that computed this together; memory is then that of the one with the most.
+    busiest_rank: blocks kept by the process that kept the most, over their mean: what the others wait for. None for one process.
     load_seconds: filled in by whoever loaded the model (`dataclasses.replace`), otherwise None.
     """
 
@@ -38,6 +40,8 @@ class Statistics:
     peak_memory_bytes: int
     device_peak_memory_bytes: int | None = None
     compile_seconds: float | None = None
+    processes: int = 1
+    busiest_rank: float | None = None
     load_seconds: float | None = None
 
 
