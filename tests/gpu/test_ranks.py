@@ -1,11 +1,16 @@
 """Two ranks that share one GPU, as threads: the model's parts and the prompt's runs on the real kernels. NCCL: test_nccl.py."""
 
+from types import SimpleNamespace
+
+import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.parallel.in_threads import on_ranks
 from tests.parallel.model_cases import open_model
 from unisparse_np import UniSparseConfig
+from unisparse_np.attention import attend, load_backend
+from unisparse_np.model.context_split import ContextSplit
 from unisparse_np.parallel import ONE_PROCESS
 
 pytestmark = pytest.mark.gpu
@@ -39,3 +44,23 @@ def test_sparse_attention_in_bfloat16_on_two_ranks(tensor, context, cupy):
         assert np.isfinite(found).all()
         assert found_densities == pytest.approx(densities, abs=0.02)
         assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "config", [UniSparseConfig(top_p=0.5), UniSparseConfig(block_size=64, head_compress=4, top_p=0.5, row_threshold=0.05)]
+)
+@pytest.mark.parametrize("before", [0, 1024])
+def test_masks_of_the_runs_are_those_of_the_whole_bit_by_bit(config, before, cupy):
+    backend, tokens = load_backend("cupy"), 2500
+    rng = np.random.default_rng(before)
+    q, k, v = (
+        cupy.asarray(rng.standard_normal((heads, length, 128)).astype(ml_dtypes.bfloat16))
+        for heads, length in ((8, tokens), (2, before + tokens), (2, before + tokens))
+    )
+    expected = backend.as_numpy(attend(q, k, v, config, q_offset=before, backend=backend)[1].mask)
+    assert 0.1 < expected.mean() < 0.9
+    for rank in range(3):
+        for start, stop in ContextSplit.of(tokens, config.block_size, SimpleNamespace(rank=rank, size=3)).runs:
+            _, trace = attend(q[:, start:stop], k, v, config, q_offset=before + start, backend=backend)
+            mask, first = backend.as_numpy(trace.mask), start // config.block_size
+            np.testing.assert_array_equal(mask, expected[:, first : first + mask.shape[1]])
