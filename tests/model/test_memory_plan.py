@@ -21,9 +21,11 @@ LLAMA_8B = ModelConfig.from_dict(
 
 
 def plan(config: ModelConfig, free: float, attention="dense") -> MemoryPlan:
-    """Of attention the 16-bit outputs alone count."""
+    """Of attention its outputs alone count, and of key summaries the composites."""
     memory = SimpleNamespace(
-        free_bytes=lambda: int(free), attention_bytes=lambda p, itemsize, sparse: 2 * p.num_q_heads * p.q_len * p.head_dim
+        free_bytes=lambda: int(free),
+        attention_bytes=lambda p, itemsize, sparse: itemsize * p.num_q_heads * p.q_len * p.head_dim,
+        summary_bytes=lambda p, itemsize: itemsize * p.num_kv_heads * p.num_k_composites * p.head_dim,
     )
     return MemoryPlan(config, [attention] * config.num_hidden_layers, 2, memory)
 
@@ -32,7 +34,7 @@ def test_the_cache_is_keys_values_and_what_sparse_layers_keep():
     dense = plan(LLAMA_8B, 0).cache_bytes(131072)
     assert dense == 2 * 32 * 8 * 131072 * 128 * 2  # 17.2 GB
     sparse = plan(LLAMA_8B, 0, UniSparseConfig()).cache_bytes(131072)
-    assert sparse - dense == 32 * 8 * (16384 * 128 * 4 + 1024 * 4)
+    assert sparse - dense == 32 * 8 * 16384 * 128 * 2
 
 
 def test_chunks_are_as_large_as_pay_and_fit():

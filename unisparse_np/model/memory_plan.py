@@ -14,7 +14,6 @@ from ..problem import Problem, ceil_div
 from .config import ModelConfig
 
 STREAM_BYTES = 4  # of a number of the residual stream
-SUMMARY_BYTES = 4  # of a number of a key summary
 RESERVE_BYTES = 256 << 20  # for the libraries' own workspaces and what the pool cannot use of its blocks
 PREFERRED_BYTES = 1 << 30  # of activations: larger chunks no longer make products or attention faster
 LEAST_CHUNK, PREFERRED_CHUNK, LARGEST_CHUNK = 256, 8192, 32768  # tokens
@@ -30,7 +29,7 @@ class MemoryPlan:
     """One model and one attention a layer, on a device.
 
     config: the model's. attentions: one a layer. itemsize: bytes of a number of q, k, v and the activations between products.
-    memory: the backend's (`layers.memory`), which knows what is free and what attention takes.
+    memory: the backend's (`layers.memory`), which knows what is free and what attention and key summaries take.
     context_ranks: processes that share out a chunk's rows and exchange its keys and values; tokens are those of one of them.
     """
 
@@ -120,5 +119,5 @@ class MemoryPlan:
         if not isinstance(attention, UniSparseConfig):
             return 0
         shape = Problem(self.config.num_attention_heads, self.config.num_key_value_heads, 1, capacity, self.config.head_dim, attention)
-        composites = shape.num_composite_kv_heads * shape.num_k_composites * shape.head_dim * SUMMARY_BYTES
-        return composites + shape.num_kv_heads * shape.num_k_blocks * attention.key_anchors * 4
+        needed: int = self.memory.summary_bytes(shape, self.itemsize)
+        return needed

@@ -11,6 +11,7 @@ import numpy as np
 from ...config import UniSparseConfig
 from ...problem import Problem, ceil_div
 from .scores import WORKSPACE_BYTES
+from .shapes import composite_dtype
 
 LAYERS_AHEAD = 2  # that the host may have launched beyond the one being computed: the GPU never idles, and Ctrl-C is heard
 
@@ -56,6 +57,13 @@ def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
     sums = min(WORKSPACE_BYTES, problem.num_composite_heads * (problem.num_q_composites + 16) * (problem.num_k_composites + 128) // 4)
     anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks * config.key_anchors + 256) * problem.head_dim * itemsize
     return bytes_needed + composites + scores + sums + anchors
+
+
+def summary_bytes(problem: Problem, itemsize: int) -> int:
+    """What a RunningKeySummary of k_len keys holds: composites and anchors."""
+    held = np.dtype(composite_dtype(problem, np.dtype(np.float16 if itemsize == 2 else np.float32)))
+    composites = problem.num_composite_kv_heads * problem.num_k_composites * problem.head_dim * held.itemsize
+    return composites + problem.num_kv_heads * problem.num_k_blocks * problem.config.key_anchors * 4
 
 
 def new_pacer() -> Callable[[], None]:
