@@ -50,7 +50,9 @@ def test_float32_logits_are_those_of_the_reference(attention, folder, engine):
     for backend in (load_backend("reference"), engine):
         model = open_model(folder, backend)
         cache = model.new_cache(TOKENS + 2, attention)
-        logits = [model.prefill(ids, cache, attention, chunk_size=32), model.step(3, cache, attention), model.step(7, cache, "dense")]
+        logits = [model.prefill(ids[:32], cache, attention, chunk_size=16)]  # on the blocks' boundaries
+        logits += [model.prefill(ids[32:37], cache, attention), model.prefill(ids[37:], cache, attention)]  # and off them
+        logits += [model.step(3, cache, attention), model.step(7, cache, "dense")]
         assert all(isinstance(row, np.ndarray) and row.dtype == np.float32 for row in logits)
         found.append(np.stack(logits))
         densities.append(model.layer_densities(cache))

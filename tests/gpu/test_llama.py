@@ -227,3 +227,17 @@ def test_commands_run(arguments):
     prompt = str(NEEDLE_LLAMA / "prompts" / "needle-2k.txt")
     result = CliRunner().invoke(main, [arguments[0], "-m", str(NEEDLE_LLAMA), "-p", prompt, "--raw", "--backend", "cupy", *arguments[1:]])
     assert result.exit_code == 0, result.output + repr(result.exception)
+
+
+def test_two_prefills_off_a_boundary_and_steps_between_them():
+    """The cache goes on from anywhere: the key summary's open block is pooled again with what comes."""
+    model, tokenizer = load(NEEDLE_LLAMA, backend="cupy", dtype="float32")
+    reference, _ = load(NEEDLE_LLAMA, backend="reference", dtype="float32")
+    ids = tokenizer.encode((NEEDLE_LLAMA / "prompts" / "needle-2k.txt").read_text(encoding="utf-8"))[:900]
+    config, rows = UniSparseConfig(block_size=64, q_compress=8, k_compress=8, top_p=0.8), []
+    for one in (reference, model):
+        cache = one.new_cache(len(ids), config, prompt_tokens=len(ids))
+        found = [one.prefill(ids[:300], cache, config), one.step(ids[300], cache, config), one.step(ids[301], cache, "dense")]
+        found += [one.prefill(ids[302:700], cache, config, chunk_size=128), one.prefill(ids[700:], cache, config)]
+        rows.append(np.stack(found))
+    assert relative_error(rows[1], rows[0]) < 1e-3
