@@ -20,7 +20,14 @@ def cases(architecture):
     yield "select.cu", architecture, {}, "select_blocks", 64, 0
     yield "schedule.cu", architecture, {}, "schedule", 64, 0
     yield "decode_attention.cu", architecture, {"HEAD_DIM": 128, "ROW_TILES": 1}, "decode_attention", 168, 0  # two thread blocks
-    yield "decode_select.cu", architecture, {"HEAD_DIM": 128, "ROW_TILES": 1, "BLOCK_SIZE": 128}, "decode_scores", 128, 0
+    yield (
+        "decode_select.cu",
+        architecture,
+        {"HEAD_DIM": 128, "ROW_TILES": 1, "BLOCK_SIZE": 128, "KEYS_PER_BLOCK": 16},
+        "decode_scores",
+        80,
+        0,
+    )
     yield "repair.cu", architecture, {"HEAD_DIM": 128}, "repair", 128, 0
     yield from plain_cases(architecture, 128, 64, 16)
     yield from layer_cases(architecture)

@@ -161,12 +161,16 @@ PLANTED = {
     "a key too many is visible": ("decode_attention.cu", "position[k] <= rows.last[n][e]", "position[k] <= rows.last[n][e] + 1"),
     "another head's blocks": ("decode_work.cuh", "TILE + lane, (uint32_t)entry.y}", "TILE + lane, 0xffffffffu}"),
     "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~rows_that_selected", "key.rows = rows_that_selected"),
-    "a split is left out": ("decode_attention.cu", "for (int i = 0; i < share.count; ++i)", "for (int i = 1; i < share.count; ++i)"),
+    "a split is left out": (
+        "decode_attention.cu",
+        "i = warp; i < count; i += WARPS) {\n    const float4*",
+        "i = warp + 1; i < count; i += WARPS) {\n    const float4*",
+    ),
     "an old maximum": ("decode_attention.cu", "      rows.max[n][e] = highest;\n", ""),
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
     "the open block is not pooled": ("decode_select.cu", "if (opens) pool_open_block", "if (false) pool_open_block"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),
-    "an open composite counts in full": ("decode_select.cu", "stop = min(composites, (j + 1) * per_block)", "stop = (j + 1) * per_block"),
+    "a composite too many": ("decode_select.cu", "first + g + 8 * k < stop ?", "first + g + 8 * k < stop + 1 ?"),
 }  # fmt: skip
 
 

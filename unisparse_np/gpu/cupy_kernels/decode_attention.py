@@ -70,7 +70,7 @@ class Split:
         self.shape = shape_of(problem, max(1, heads_per_mask), key_anchors)
         self.head_dim = problem.head_dim
         self.list_room = blocks_per_thread_block(problem, self.groups, self.grid) if heads_per_mask else 0
-        merge = max(WARPS * self.rows * problem.head_dim, self.rows * self.grid)
+        merge = WARPS * self.rows * problem.head_dim + self.rows * self.grid
         row_pieces = row_tiles * ceil_div(problem.head_dim, 32) * 512
         self.shared = 4 * merge + 8 * WARPS * self.rows + row_pieces + 8 * self.list_room + 4 * self.groups
         self.function = kernel(

@@ -12,13 +12,12 @@
 // Only blocks that some row of the group selected are read. A row that did not select one gives its keys a weight of 0, and 0 * NaN is
 // NaN: rows that come out not finite are computed again, key by key.
 //
-// Shared memory: merge area { outputs [WARPS][ROWS][HEAD_DIM], later weights [ROWS][gridDim.x] }, {max, sum} [WARPS][ROWS], the query
-// rows [ROW_TILES][ROWS_BYTES], list of selected blocks [list_room] {block, rows that see it}, tiles of each group [groups].
+// Shared memory: outputs of the warps [WARPS][ROWS][HEAD_DIM], weights of the thread blocks [ROWS][gridDim.x], {max, sum}
+// [WARPS][ROWS], the query rows [ROW_TILES][ROWS_BYTES], list of selected blocks [list_room] {block, rows that see it}, tiles of each group [groups].
 #include "decode_work.cuh"
 #include "few_rows.cuh"
 #include "one_row.cuh"
 
-#define THREADS (32 * WARPS)
 #define LN_2 0.6931471805599453f
 
 struct Rows {  // what a lane knows of the two rows 2 t and 2 t + 1 of each row tile
@@ -112,6 +111,33 @@ DEVICE float weigh(float* weights, const float2* statistics, int row, int count)
   return sum == 0.f ? -INFINITY_F : (base + log2_fast(sum)) * LN_2;
 }
 
+// What each warp's thread blocks (w, w + WARPS, ..) found, weighted and summed: to sums [WARPS][ROWS][HEAD_DIM] in shared memory.
+DEVICE void merge_thread_blocks(float* sums, const float* found, const float* weights, int rows, int count) {
+  constexpr int COLUMNS = ROWS * HEAD_DIM / 4, A_LANE = (COLUMNS + 31) / 32;  // of 4 numbers
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, columns = rows * (HEAD_DIM / 4);
+  float4 sum[A_LANE];
+#pragma unroll
+  for (int c = 0; c < A_LANE; ++c) sum[c] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 2
+  for (int i = warp; i < count; i += WARPS) {
+    const float4* from = (const float4*)(found + (int64_t)i * ROWS * HEAD_DIM);
+#pragma unroll
+    for (int c = 0; c < A_LANE; ++c) {
+      const int column = 32 * c + lane;
+      if (column >= columns) continue;
+      const float weight = weights[column / (HEAD_DIM / 4) * gridDim.x + i];
+      const float4 x = from[column];
+      sum[c].x += weight * x.x;
+      sum[c].y += weight * x.y;
+      sum[c].z += weight * x.z;
+      sum[c].w += weight * x.w;
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < A_LANE; ++c)
+    if (32 * c + lane < columns) ((float4*)(sums + warp * ROWS * HEAD_DIM))[32 * c + lane] = sum[c];
+}
+
 // Grid: as many thread blocks as the GPU holds at once. Strides in elements, last axis contiguous; output [Hq, q_len, d], lse [Hq, q_len] or null.
 // position: of the first query, in device memory, the last query's key being the last (null: the shape says both). words
 // [mask rows, words_per_row], null for dense attention; anchors [Hkv, num_k_blocks, r], null with key_anchors 0.
@@ -125,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   DYNAMIC_SHARED(shared);
   float* outputs = (float*)shared;
   const int rows_total = given.num_q_heads / given.num_kv_heads * given.q_len, groups = given.num_kv_heads * ceil_div(rows_total, ROWS);
-  float2* warp_statistics = (float2*)(outputs + max(WARPS * ROWS * HEAD_DIM, ROWS * (int)gridDim.x));
+  float* weights = outputs + WARPS * ROWS * HEAD_DIM;
+  float2* warp_statistics = (float2*)(weights + ROWS * gridDim.x);
   char* row_pieces = (char*)(warp_statistics + WARPS * ROWS);
   const uint32_t q_rows = shared_address(row_pieces);
   int2* list = (int2*)(row_pieces + ROW_TILES * ROWS_BYTES);
@@ -139,22 +166,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   }
   const int visible_keys = shape.causal ? shape.q_offset + shape.q_len : shape.k_len, visible = ceil_div(visible_keys, shape.block_size);
   const int tiles_per_block = shape.block_size / TILE, anchor_tiles = words ? ceil_div(visible * shape.key_anchors, TILE) : 0;
-  for (int i = warp; i < groups; i += WARPS) {
-    int blocks = 0;
-    if (words) {
-      const Group group(shape, i);
-      for (int w = lane; 32 * w < visible; w += 32) blocks += __popc(word_of_group(words, shape, group, w, visible));
-      blocks = __reduce_add_sync(0xffffffffu, blocks);
-    }
-    if (lane == 0) tiles_of_group[i] = words ? blocks * tiles_per_block + anchor_tiles : ceil_div(visible_keys, TILE);
-  }
-  __syncthreads();
+  count_tiles(tiles_of_group, groups, words ? anchor_tiles : ceil_div(visible_keys, TILE), words, shape, visible);
   const Share share = deal(tiles_of_group, groups);
   if (share.group < 0) return;
   const Group group(shape, share.group);
   const Part selected(tiles_of_group[share.group] - anchor_tiles, share);
-  if (words && warp == 0 && selected.start < selected.stop)
-    list_blocks(list, selected.start / tiles_per_block, (selected.stop - 1) / tiles_per_block, words, shape, group, visible);
+  const int first_block = selected.start / tiles_per_block, last_block = (selected.stop - 1) / tiles_per_block;
+  const int listed = words && selected.start < selected.stop ? last_block - first_block + 1 : 0;
+  if (listed && warp == 0) list_blocks(list, first_block, last_block, words, shape, group, visible);
+  __syncthreads();
+  for (int i = threadIdx.x; i < listed; i += THREADS) list[i].y = (int)rows_that_selected(words, shape, group, list[i].x, visible);
 
   for (int e = warp; e < ROW_TILES * KEY_PIECES; e += WARPS) {
     const int n = e / KEY_PIECES, column = e % KEY_PIECES * 32 + 8 * t, row = 8 * n + g;
@@ -244,15 +265,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   if (!*is_last) return;
   __threadfence();
   if (threadIdx.x == 0) arrived[share.group] = 0;
-  found += (int64_t)share.first * ROWS * HEAD_DIM;
   statistics += share.first * ROWS;
-  float* weights = outputs;
   for (int row = warp; row < group.count; row += WARPS) {
-    const int head = group.head(shape, row), query = group.query(shape, row);
-    float* mine = weights + row * gridDim.x;
-    const float log_sum = weigh(mine, statistics, row, share.count);
-    if (lse && lane == 0) lse[head * shape.q_len + query] = log_sum;
+    const float log_sum = weigh(weights + row * gridDim.x, statistics, row, share.count);
+    if (lse && lane == 0) lse[group.head(shape, row) * shape.q_len + group.query(shape, row)] = log_sum;
   }
+  __syncthreads();
+  merge_thread_blocks(outputs, found + (int64_t)share.first * ROWS * HEAD_DIM, weights, group.count, share.count);
   __syncthreads();
   for (int row = warp; row < group.count; row += WARPS) {
     const int head = group.head(shape, row), query = group.query(shape, row);
@@ -260,11 +279,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
     float broken = 0.f;
     for (int dim = 2 * lane; dim < HEAD_DIM; dim += 64) {
       float x = 0.f, y = 0.f;
-#pragma unroll 8
-      for (int i = 0; i < share.count; ++i) {
-        const float2 both = *(const float2*)(found + ((int64_t)i * ROWS + row) * HEAD_DIM + dim);
-        x += weights[row * gridDim.x + i] * both.x;
-        y += weights[row * gridDim.x + i] * both.y;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        const float2 both = *(const float2*)(outputs + (w * ROWS + row) * HEAD_DIM + dim);
+        x += both.x;
+        y += both.y;
       }
       *(uint32_t*)(out + dim) = pack(x, y);
       broken += (x + y) * 0.f;

@@ -3,6 +3,8 @@
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  two launches. decode_scores: composite keys are read once for all heads that share them (few_rows.cuh); scores go to global
 //      memory, 4 bytes for every composite key and head. decode_select: a thread block a head sums them per block, one warp selects
+//   2  the softmax of each cell of up to 16 composite keys is done where the scores are: 8 bytes a cell instead of 64; the whole
+//      thread block looks for Top-P's cut; three thread blocks a multiprocessor score
 //
 // The block that the new key falls into is pooled again from the cached keys by the code of compress.cu: composites and anchors are
 // the same to the bit as when the whole prompt is pooled at once. The number of keys lies in device memory.
@@ -12,7 +14,8 @@
 
 #define ROWS (8 * ROW_TILES)
 #define TILE 16  // composite keys
-#define SCORE_WARPS 16
+#define CELL (KEYS_PER_BLOCK < TILE ? KEYS_PER_BLOCK : TILE)  // composite keys that are summed at once; a block has one or more
+#define SCORE_WARPS 8
 #define SELECT_WARPS 16
 #define UNIT 1073741824.f  // 2^30
 
@@ -54,12 +57,38 @@ DEVICE void pool_open_block(Input keys, const Shape& shape, int head, int block,
                  anchors + ((int64_t)(head * members + m) * shape.num_k_blocks + block) * shape.key_anchors);
 }
 
+// From the scores of composite keys first .. first + 15 (below `stop`) with 8 rows to the cells of the rows that exist.
+DEVICE void write_cells(const float (&z)[4], int first, int stop, int rows, float2* cells, int64_t pitch, float scale_log2) {
+  constexpr int HALVES = CELL == TILE ? 1 : 2, LANES = CELL < 8 ? CELL : 8;  // cells that a lane's two keys belong to; lanes a cell
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float logit[2], highest[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) logit[k] = highest[k] = first + g + 8 * k < stop ? z[2 * k + e] * scale_log2 : -INFINITY_F;
+    if (HALVES == 1) highest[0] = highest[1] = fmaxf(logit[0], logit[1]);
+#pragma unroll
+    for (int k = 0; k < HALVES; ++k) {
+#pragma unroll
+      for (int step = 1; step < LANES; step *= 2) highest[k] = fmaxf(highest[k], __shfl_xor_sync(0xffffffffu, highest[k], 4 * step));
+      const float base = highest[k] == -INFINITY_F ? 0.f : highest[k];
+      float sum = exp2_fast(logit[k] - base);
+      if (HALVES == 1) sum += exp2_fast(logit[1] - base);
+#pragma unroll
+      for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, 4 * step);
+      const int cell = (first + g + 8 * k) / CELL;
+      if (g % LANES == 0 && 2 * t + e < rows && cell * CELL < stop) cells[(2 * t + e) * pitch + cell] = make_float2(highest[k], sum);
+    }
+  }
+}
+
 // Grid: (1 + thread blocks that share the closed blocks, Hkc * row groups); thread block 0 pools the open block and scores it.
-// kc [Hkc, num_k_composites, d] float16, anchors [Hkv, num_k_blocks, r]: extended by the new key. scores [Hc, pitch]: dot products.
+// kc [Hkc, num_k_composites, d] float16, anchors [Hkv, num_k_blocks, r]: extended by the new key. cells [Hc, pitch]: the maximum of a cell's
+// logits and the sum of 2^(logit - maximum).
 // Shared memory: norms [members][BLOCK_SIZE], then the rows [ROW_TILES][ROWS_BYTES].
-extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS) decode_scores(
+extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 || ROW_TILES > 1 ? 2 : 3) decode_scores(
     const uint16_t* __restrict__ queries, const uint16_t* __restrict__ keys, int64_t q_head_stride, int64_t k_head_stride, int64_t k_row_stride,
-    const Shape given, const int* __restrict__ position, uint16_t* kc, int* anchors, float* __restrict__ scores, int64_t pitch)
+    const Shape given, const int* __restrict__ position, uint16_t* kc, int* anchors, float2* __restrict__ cells, int64_t pitch)
 {
   DYNAMIC_SHARED(shared);
   float* norms = (float*)shared;
@@ -101,11 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS) decode_scores(
     if (tile + step < tiles) load(tile + step);
 #pragma unroll
     for (int n = 0; n < ROW_TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 8 * n + 2 * t + (i & 1), u = start + tile * TILE + g + 8 * (i >> 1);
-        if (row < rows && u < stop) scores[(first_head + row) * pitch + u] = z[n][i];
-      }
+      write_cells(z[n], start + tile * TILE, stop, rows - 8 * n, cells + (first_head + 8 * n) * pitch, pitch, shape.scale_log2);
   }
 }
 
@@ -121,35 +146,45 @@ template <class Merge> DEVICE float over_thread_block(float x, float* room, Merg
   return x;
 }
 
-// Grid: Hc. scores [Hc, pitch] dot products -> words [Hc, words_per_row], counts [Hc].
-// Shared memory: {block sums [32 * words_per_row], the same in units}, then SELECT_WARPS numbers.
+struct ThreadBlockTeam {  // for cut_at; room: two rows of SELECT_WARPS numbers in shared memory
+  int first, step, turn;
+  uint32_t* room;
+  DEVICE ThreadBlockTeam(float* room) : first(threadIdx.x), step(32 * SELECT_WARPS), turn(0), room((uint32_t*)room) {}
+  DEVICE uint32_t gather(uint32_t of_warp) {  // in lane w what warp w gave
+    turn ^= SELECT_WARPS;
+    if ((threadIdx.x & 31) == 0) room[turn + (threadIdx.x >> 5)] = of_warp;
+    __syncthreads();
+    return (threadIdx.x & 31) < SELECT_WARPS ? room[turn + (threadIdx.x & 31)] : 0;
+  }
+  DEVICE uint32_t sum(uint32_t x) { return __reduce_add_sync(0xffffffffu, gather(__reduce_add_sync(0xffffffffu, x))); }
+  DEVICE uint32_t max(uint32_t x) { return __reduce_max_sync(0xffffffffu, gather(__reduce_max_sync(0xffffffffu, x))); }
+};
+
+// Grid: Hc. cells [Hc, pitch] as decode_scores writes them -> words [Hc, words_per_row], counts [Hc].
+// Shared memory: {block sums [32 * words_per_row], the same in units}, then 2 * SELECT_WARPS numbers.
 extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
-    const float* __restrict__ scores, int64_t pitch, const double* __restrict__ top_p, const float* __restrict__ row_threshold, const Shape given,
+    const float2* __restrict__ cells, int64_t pitch, const double* __restrict__ top_p, const float* __restrict__ row_threshold, const Shape given,
     const int* __restrict__ position, uint32_t* __restrict__ words, int* __restrict__ counts)
 {
   DYNAMIC_SHARED(shared);
+  constexpr int CELLS_PER_BLOCK = KEYS_PER_BLOCK / CELL;
   const Shape shape = at_position(given, *position);
-  const int head = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int composites = ceil_div(shape.k_len, shape.k_compress), visible = ceil_div(shape.k_len, BLOCK_SIZE);
+  const int head = blockIdx.x, composites = ceil_div(shape.k_len, shape.k_compress), visible = ceil_div(shape.k_len, BLOCK_SIZE);
+  const int cells_seen = ceil_div(composites, CELL);
   float* sums = (float*)shared;
   uint32_t* units = (uint32_t*)(sums + 32 * shape.words_per_row);
   float* room = (float*)(units + 32 * shape.words_per_row);
-  const float* z = scores + head * pitch;
+  cells += head * pitch;
 
-  // Step 2: the row's maximum, then the sum of each block's weights, by as many lanes as the block has fours of composites
-  float highest = -INFINITY_F;
-  for (int u = threadIdx.x; u < composites; u += 32 * SELECT_WARPS) highest = fmaxf(highest, z[u] * shape.scale_log2);
+  // Step 2: the row's maximum, then each block's sum and that of all
+  float highest = -INFINITY_F, total = 0.f;
+  for (int i = threadIdx.x; i < cells_seen; i += 32 * SELECT_WARPS) highest = fmaxf(highest, cells[i].x);
   highest = over_thread_block(highest, room, [](float a, float b) { return fmaxf(a, b); });
-  const float base = highest == -INFINITY_F ? 0.f : highest;
-
-  const int per_block = BLOCK_SIZE / shape.k_compress, lanes = min(32, max(1, per_block / 4)), blocks_at_once = 32 * SELECT_WARPS / lanes;
-  float total = 0.f;
-  for (int j0 = 0; j0 < visible; j0 += blocks_at_once) {
-    const int j = j0 + threadIdx.x / lanes, stop = min(composites, (j + 1) * per_block);
+  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) {
     float sum = 0.f;
-    for (int u = j * per_block + threadIdx.x % lanes; u < stop; u += lanes) sum += exp2_fast(z[u] * shape.scale_log2 - base);
-    for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % lanes != 0 || j >= visible) continue;
+#pragma unroll
+    for (int i = j * CELLS_PER_BLOCK; i < (j + 1) * CELLS_PER_BLOCK; ++i)
+      if (i < cells_seen) sum += cells[i].y * exp2_fast(cells[i].x - highest);
     sums[j] = sum;
     total += sum;
   }
@@ -161,8 +196,13 @@ extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
     units[j] = as_handed_out((uint32_t)__float2int_rn(sums[j] * UNIT));
   }
   __syncthreads();
-  if (warp > 0) return;
-  const int count = select_row(units, sums, top_p ? top_p + head : nullptr, row_threshold ? row_threshold + head : nullptr, shape, 0,
+  Cut cut = {0, 0};
+  if (top_p) {
+    ThreadBlockTeam team(room);
+    cut = cut_at(top_p[head], units, visible, team);
+  }
+  if (threadIdx.x >= 32) return;
+  const int count = select_row(top_p ? units : nullptr, cut, sums, row_threshold ? row_threshold + head : nullptr, shape, 0,
                                words + (int64_t)head * shape.words_per_row);
-  if (lane == 0) counts[head] = count;
+  if (threadIdx.x == 0) counts[head] = count;
 }

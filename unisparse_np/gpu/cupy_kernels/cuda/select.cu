@@ -22,13 +22,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) select_blocks(
   if (row >= shape.num_composite_heads * shape.num_q_blocks) return;
   const int head = row / shape.num_q_blocks, q_block = row % shape.num_q_blocks;
   const int64_t first = (int64_t)row * shape.num_k_blocks;
-  uint32_t* scores = (uint32_t*)shared + warp * 32 * shape.words_per_row;
-  if (top_p) {
+  uint32_t* scores = top_p ? (uint32_t*)shared + warp * 32 * shape.words_per_row : nullptr;
+  Cut cut = {0, 0};
+  if (scores) {
+    WarpTeam team;
     const int visible = visible_blocks(shape, q_block);
     for (int j = lane; j < visible; j += 32) scores[j] = as_handed_out(mean[first + j]);
     __syncwarp();
+    cut = cut_at(top_p[head], scores, visible, team);
   }
-  const int count = select_row(scores, peak ? peak + first : nullptr, top_p ? top_p + head : nullptr, row_threshold ? row_threshold + head : nullptr,
-                               shape, q_block, words + (int64_t)row * shape.words_per_row);
+  const int count = select_row(scores, cut, peak ? peak + first : nullptr, row_threshold ? row_threshold + head : nullptr, shape, q_block,
+                               words + (int64_t)row * shape.words_per_row);
   if (lane == 0) counts[row] = count;
 }
