@@ -8,6 +8,7 @@ import pytest
 from tests.llama_checkpoints import CASES, load_case, write_checkpoint
 from unisparse_np import InvalidInput, UniSparseConfig
 from unisparse_np.attention import load_backend
+from unisparse_np.model import weights as weights_module
 from unisparse_np.model.config import ModelConfig
 from unisparse_np.model.sharding import Shard, check_split, local_attention, local_config, slice_of, vocabulary_rows
 from unisparse_np.model.weights import expected_tensors, load_weights
@@ -116,3 +117,18 @@ def test_ranks_hold_slices_of_the_whole_weights(folder):
         for bias in ("output_bias", "down_bias"):
             np.testing.assert_array_equal(getattr(left, bias), getattr(layer, bias))
             assert getattr(right, bias) is None
+
+
+def test_no_more_than_the_part_is_read(folder, monkeypatch):
+    config, read, real = ModelConfig.from_folder(folder), [], weights_module._read
+    monkeypatch.setattr(
+        weights_module, "_read", lambda *arguments: (read.append(tensor) or (name, tensor) for name, tensor in real(*arguments))
+    )
+    load_weights(folder, config, load_backend("reference").layers, shard=Shard(1, 2))
+    whole = sum(np.prod(slot.shape) for slot in expected_tensors(config).values())
+    on_all_ranks = sum(
+        np.prod(slot.shape) for name, slot in expected_tensors(config).items() if "norm" in name or "embed_tokens" in name
+    )  # biases of o and down, which rank 0 adds, make it less than half of the rest
+    for tensor in read:  # none is a view of something larger
+        assert not isinstance(tensor.base, np.ndarray) or tensor.base.nbytes == tensor.nbytes
+    assert on_all_ranks < sum(tensor.size for tensor in read) <= on_all_ranks + (whole - on_all_ranks) / 2
