@@ -150,6 +150,9 @@ inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 inline int __float2int_rn(float x) { return x == x ? (int)nearbyintf(x) : 0; }
 inline float __uint2float_rn(uint32_t x) { return (float)x; }
+inline void use_after_here(int4&) {}
+inline void wait_for_launch_before() {}
+inline void let_next_launch_start() {}
 inline int __double2hiint(double x) { int64_t i; memcpy(&i, &x, 8); return (int)(i >> 32); }
 inline int __double2loint(double x) { int64_t i; memcpy(&i, &x, 8); return (int)i; }
 inline double __hiloint2double(int high, int low) { const int64_t i = (int64_t)high << 32 | (uint32_t)low; double x; memcpy(&x, &i, 8); return x; }
@@ -187,6 +190,7 @@ inline char* at(Block* block, uint32_t address, int bytes) {
 }
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - fibre->block->shared.data()); }
 inline int4 load_once(const void* p) { if ((uintptr_t)p & 15) fail("misaligned load"); int4 v; memcpy(&v, p, 16); return v; }
+inline void load_first(int4& v, const void* p, bool wanted) { if (wanted) v = load_once(p); }
 inline void store_shared(uint32_t address, uint32_t v) { memcpy(at(fibre->block, address, 4), &v, 4); }
 inline void store_shared(uint32_t address, int4 v) { if (address & 15) fail("misaligned"); memcpy(at(fibre->block, address, 16), &v, 16); }
 inline int load_shared(uint32_t address) { int v; memcpy(&v, at(fibre->block, address, 4), 4); return v; }

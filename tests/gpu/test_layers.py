@@ -59,7 +59,8 @@ def test_products(cupy, dtype, tokens, inner, rows):
     bias = cupy.asarray(normal(cupy, 5, rows, dtype=dtype).get().astype(np.float32))
     expected = wide(y) @ wide(weight).T
     assert_rounded(layers.linear(y, weight), expected, dtype, inner)
-    assert_rounded(layers.linear(y, weight, bias), expected + wide(bias), dtype, inner)
+    twice = np.abs(expected).max() * (2 * ROUNDING[dtype.name] if tokens > 1 else 0)  # cuBLAS may round before it adds the bias
+    assert_rounded(layers.linear(y, weight, bias), expected + wide(bias), dtype, inner + 2.0**20 * twice)
     assert_rounded(layers.head(y, weight), expected, np.float32, inner)
     for given in (None, bias):
         x = stream.copy()
@@ -129,8 +130,9 @@ def test_pooling_is_that_of_compress_to_the_bit(cupy, case, dtype):
     problem = Problem(q_heads, kv_heads, tokens, start + tokens, dim, config)
     qc, _ = backend.compress(q, keys[:, : start + tokens], problem)
     np.testing.assert_array_equal(q_composites.get(), qc.astype(np.float16).get())
-    for _ in range(2):
-        for found, expected in zip(running.summary(), whole.summary(), strict=True):
-            np.testing.assert_array_equal(found.get(), expected.get())
-        running.extend(keys[:, start + tokens :])
-        whole.extend(keys[:, start + tokens :])
+    for found, expected in zip(running.summary(), whole.summary(), strict=True):
+        np.testing.assert_array_equal(found.get(), expected.get())
+    for summary in (running, whole):  # what the open block holds is still known
+        summary.extend(keys[:, start + tokens :])
+    for found, expected in zip(running.summary(), whole.summary(), strict=True):
+        np.testing.assert_array_equal(found.get(), expected.get())

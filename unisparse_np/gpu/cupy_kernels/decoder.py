@@ -2,7 +2,8 @@
 
 Token and position are read from device memory, all buffers are made beforehand, and the only thing the host does per token is to
 write those two numbers and to start the graph. A step is bound by reading the weights, so the products (cuda/gemv.cu) take in what
-lies between them: RMSNorm in front, SwiGLU and the residual sum behind.
+lies between them: RMSNorm in front, SwiGLU and the residual sum behind. On Hopper a product fetches its first weights while the launch
+before it ends (overlap.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ...problem import KeySummary, Problem
 from . import gemv, layers
 from .decode_attention import DecodeAttention, can_decode
 from .device import kernel
+from .overlap import overlap_is_possible
 
 
 class LayerStep(NamedTuple):
@@ -73,6 +75,7 @@ class Decoder:
         self._steps: list[LayerStep] = []
         self._running: list[Any] = []  # the layers' RunningKeySummary, None where dense
         self._length_expected = -1  # of the cache, if nobody else wrote to it since the last step
+        self._overlap = overlap_is_possible()
         self._warm = False
         self._graph: Any = None
 
@@ -121,14 +124,16 @@ class Decoder:
         for step in self._steps:
             self._launch_attention(step, eps)
             weights = step.weights
-            gemv.norm_gemv_swiglu(weights.gate_up, self._x, weights.post_attention_norm, eps, weights.gate_up_bias, self._gated)
-            gemv.gemv_add(weights.down, self._gated, weights.down_bias, self._x)
-        gemv.norm_gemv_float32(self._weights.head, self._x, self._weights.norm, eps, self._logits)
+            norm, overlap = weights.post_attention_norm, self._overlap
+            gemv.norm_gemv_swiglu(weights.gate_up, self._x, norm, eps, weights.gate_up_bias, self._gated, overlap)
+            gemv.gemv_add(weights.down, self._gated, weights.down_bias, self._x, overlap)
+        gemv.norm_gemv_float32(self._weights.head, self._x, self._weights.norm, eps, self._logits, self._overlap)
 
     def _launch_attention(self, step: LayerStep, eps: float) -> None:
-        weights = step.weights
-        gemv.norm_gemv(weights.qkv, self._x, weights.input_norm, eps, weights.qkv_bias, self._qkv)
+        weights, overlap = step.weights, self._overlap
+        gemv.norm_gemv(weights.qkv, self._x, weights.input_norm, eps, weights.qkv_bias, self._qkv, overlap)
         norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm, eps)
-        layers.launch_rotation(self._qkv, self._table, norms, self._position, (self._q, step.keys, step.values), None)
+        outputs = (self._q, step.keys, step.values)
+        layers.launch_rotation(self._qkv, self._table, norms, self._position, outputs, None, overlap=overlap)
         step.attention.launch(self._q[:, 0], step.keys, step.values, self._position, step.summary, self._attended)
-        gemv.gemv_add(weights.output, self._attended, weights.output_bias, self._x)
+        gemv.gemv_add(weights.output, self._attended, weights.output_bias, self._x, overlap)

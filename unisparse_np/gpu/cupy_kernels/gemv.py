@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...problem import ceil_div
-from .device import kernel, num_multiprocessors
+from .device import kernel, num_multiprocessors, source
+from .overlap import OverlappingLauncher, address, argument
 
 MOST_THREADS = 256
 THREADS_PER_MULTIPROCESSOR = 512  # what the kernel's launch bounds promise room for
 MOST_SHARED_BYTES = 32 << 10
-NULL = np.uint64(0)
 
 
 def gemv(weight: Any, x: Any, bias: Any, out: Any) -> None:
@@ -26,24 +26,24 @@ def gemv_float32(weight: Any, x: Any, out: Any) -> None:
     _launch("gemv_float32", weight, 1, (weight, x, out))
 
 
-def gemv_add(weight: Any, x: Any, bias: Any, stream: Any) -> None:
-    """stream += W x + b, the stream [rows] in float32."""
-    _launch("gemv_add", weight, 1, (weight, x, bias, stream))
+def gemv_add(weight: Any, x: Any, bias: Any, stream: Any, overlap: bool = False) -> None:
+    """stream += W x + b, the stream [rows] in float32. overlap, here and below: see `overlap.py`; W, norm and b must be old."""
+    _launch("gemv_add", weight, 1, (weight, x, bias, stream), overlap)
 
 
-def norm_gemv(weight: Any, stream: Any, norm: Any, eps: float, bias: Any, out: Any) -> None:
+def norm_gemv(weight: Any, stream: Any, norm: Any, eps: float, bias: Any, out: Any, overlap: bool = False) -> None:
     """out = W rms_norm(stream) + b: stream [width] and norm [width] float32."""
-    _launch("norm_gemv", weight, 1, (weight, stream, norm, np.float32(eps), bias, out))
+    _launch("norm_gemv", weight, 1, (weight, stream, norm, eps, bias, out), overlap)
 
 
-def norm_gemv_float32(weight: Any, stream: Any, norm: Any, eps: float, out: Any) -> None:
+def norm_gemv_float32(weight: Any, stream: Any, norm: Any, eps: float, out: Any, overlap: bool = False) -> None:
     """out = W rms_norm(stream) into float32: logits."""
-    _launch("norm_gemv_float32", weight, 1, (weight, stream, norm, np.float32(eps), out))
+    _launch("norm_gemv_float32", weight, 1, (weight, stream, norm, eps, out), overlap)
 
 
-def norm_gemv_swiglu(weight: Any, stream: Any, norm: Any, eps: float, bias: Any, out: Any) -> None:
+def norm_gemv_swiglu(weight: Any, stream: Any, norm: Any, eps: float, bias: Any, out: Any, overlap: bool = False) -> None:
     """out = silu(gate) * up of (gate, up) = W rms_norm(stream) + b: weight [2 rows, width], gate first -> out [rows]."""
-    _launch("norm_gemv_swiglu", weight, 2, (weight, stream, norm, np.float32(eps), bias, out))
+    _launch("norm_gemv_swiglu", weight, 2, (weight, stream, norm, eps, bias, out), overlap)
 
 
 def threads_of(width: int) -> int:
@@ -53,24 +53,41 @@ def threads_of(width: int) -> int:
     return ceil_div(pieces, 32 * each) * 32
 
 
-def _launch(name: str, weight: Any, group: int, arguments: tuple[Any, ...]) -> None:
+def _launch(name: str, weight: Any, group: int, arguments: tuple[Any, ...], overlap: bool = False) -> None:
     """group: rows of the weight that make one output."""
     outputs = len(weight) // group
-    function, grid, threads, shared = _plan(name, weight.dtype.name, outputs, weight.shape[1], group)
-    given = (*(NULL if x is None else x for x in arguments), np.int32(outputs))
-    function((grid,), (threads,), given, shared_mem=shared)
+    plan = _plan(name, weight.dtype.name, outputs, weight.shape[1], group)
+    if overlap:
+        launcher = _overlapping(plan, name)
+        launcher(plan.grid, 1, *map(address, arguments), outputs)
+    else:
+        given = (*map(argument, arguments), np.int32(outputs))
+        plan.kernel((plan.grid,), (plan.threads,), given, shared_mem=plan.shared_bytes)
+
+
+class Plan(NamedTuple):
+    """The compiled kernel, its thread blocks, their threads and bytes of shared memory."""
+
+    kernel: Any
+    grid: int
+    threads: int
+    shared_bytes: int
 
 
 @lru_cache(maxsize=1024)
-def _plan(name: str, dtype: str, outputs: int, width: int, group: int) -> tuple[Any, int, int, int]:
-    """The compiled kernel, its thread blocks, their threads and bytes of shared memory."""
+def _plan(name: str, dtype: str, outputs: int, width: int, group: int) -> Plan:
     threads = threads_of(width)
     at_once = outputs_at_once(width, threads, group)
     grid = min(ceil_div(outputs, at_once), num_multiprocessors() * max(1, THREADS_PER_MULTIPROCESSOR // threads))
     grid = max(grid, ceil_div(outputs * group * threads // 8, MOST_SHARED_BYTES))
     shared = shared_bytes(ceil_div(outputs, grid), at_once, threads, group)
     defines = {"IS_FLOAT16": int(dtype == "float16"), "IS_FLOAT32": int(dtype == "float32")}
-    return kernel("gemv.cu", name, shared, **defines, WIDTH=width, THREADS=threads), grid, threads, shared
+    return Plan(kernel("gemv.cu", name, shared, **defines, WIDTH=width, THREADS=threads), grid, threads, shared)
+
+
+@lru_cache(maxsize=1024)
+def _overlapping(plan: Plan, name: str) -> OverlappingLauncher:
+    return OverlappingLauncher(plan.kernel, source("gemv.cu"), name, plan.threads, plan.shared_bytes)
 
 
 def outputs_at_once(width: int, threads: int, group: int) -> int:

@@ -9,6 +9,7 @@ the weights are; norm weights and biases are float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -19,8 +20,9 @@ from ...config import UniSparseConfig
 from ...errors import InvalidInput
 from ...problem import Problem, ceil_div
 from . import gemv, memory
-from .device import kernel
+from .device import kernel, source
 from .memory import from_host, new_pacer
+from .overlap import OverlappingLauncher, address, argument
 from .products import product
 from .shapes import element_strides, uses_tensor_cores
 
@@ -180,11 +182,11 @@ def rotate_heads(
 
 def launch_rotation(
     qkv: Any, table: Any, norms: Any, position: Any, outputs: tuple[Any, Any, Any], problem: Problem | None, q_composites: Any = None,
-    room: Any = None, summary: Any = None,
+    room: Any = None, summary: Any = None, overlap: bool = False,
 ) -> None:  # fmt: skip
     """The launch of rotary.cu: qkv [T, Hq + 2 Hkv, d] -> outputs (q [Hq, T, d], k and v [Hkv, .., d], written from row position on).
 
-    problem: None to pool nothing. room: places of the keys' composites and anchors, or None.
+    problem: None to pool nothing. room: places of the keys' composites and anchors, or None. overlap: see `overlap.py`.
     """
     tokens, _, dim = qkv.shape
     q, k, v = outputs
@@ -192,22 +194,28 @@ def launch_rotation(
     config = UniSparseConfig() if problem is None else problem.config
     k_members = 1 if problem is None else problem.kv_heads_per_composite
     q_members = 1 if problem is None else config.head_compress
-    warps = 1 if tokens == 1 else ROTARY_WARPS
-    units_at_once = 1 if tokens == 1 else UNITS_AT_ONCE
+    warps, units_at_once = (1, 1) if tokens == 1 else (ROTARY_WARPS, UNITS_AT_ONCE)
     anchors = None if room is None or config.key_anchors == 0 else room.anchors
     shared = 0 if anchors is None else 4 * units_at_once * k_members * config.block_size
     function = _rotary_kernel("rotate_heads", shared, dim, qkv.dtype, config.block_size, config.q_compress, config.k_compress, warps)
     q_norm, k_norm, eps = (None, None, 0.0) if norms is None else norms
     arguments = (
-        qkv, table, q_norm, k_norm, np.float32(eps), np.int32(tokens), np.int32(len(q)), np.int32(kv_heads), np.int32(q_members),
-        np.int32(k_members), position, q, k, v, *element_strides(k), *element_strides(v), q_composites,
-        *((None, np.int64(0)) if room is None else (room.kc, element_strides(room.kc)[0])),
+        qkv, table, q_norm, k_norm, float(eps), tokens, len(q), kv_heads, q_members, k_members, position, q, k, v, *element_strides(k),
+        *element_strides(v), q_composites, *((None, np.int64(0)) if room is None else (room.kc, element_strides(room.kc)[0])),
         *((None, np.int64(0)) if anchors is None else (anchors, element_strides(anchors)[0])),
-        np.int32(config.key_anchors), np.int32(0 if summary is None else summary.length),
+        config.key_anchors, 0 if summary is None else summary.length,
     )  # fmt: skip
     units = len(q) // q_members + 2 * (kv_heads // k_members)
     grid = (ceil_div(units, units_at_once), ceil_div(tokens, config.block_size))
-    function(grid, (32 * warps,), tuple(NULL if x is None else x for x in arguments), shared_mem=shared)
+    if overlap:
+        _overlapping_rotation(function, 32 * warps, shared)(*grid, *map(address, arguments))
+    else:
+        function(grid, (32 * warps,), tuple(map(argument, arguments)), shared_mem=shared)
+
+
+@lru_cache(maxsize=64)
+def _overlapping_rotation(function: Any, threads: int, shared: int) -> OverlappingLauncher:
+    return OverlappingLauncher(function, source("rotary.cu"), "rotate_heads", threads, shared)
 
 
 def to_host(x: Any) -> np.ndarray:

@@ -4,7 +4,8 @@
 //   1  x stays in registers: a thread block reads whole rows, each thread the same columns of every row, 16 bytes a load, the
 //      next ROWS rows under way while these are added up; RMSNorm, SwiGLU and the residual addition are fused around it
 //
-// The first rows are asked for before x is there, so RMSNorm costs no time of its own. Warps never meet inside the loop: each
+// The first rows are asked for before x is there, so RMSNorm costs no time of its own; where the launch allows it, before the
+// kernel that makes x has ended (x is not __restrict__ for that reason: its reads must not be moved up). Warps never meet inside the loop: each
 // leaves its part of every sum in shared memory, and the parts are added once, at the end, in the order of the warps. Thread
 // blocks have a run of neighbouring outputs each; no sum depends on how many there are.
 //
@@ -19,14 +20,14 @@ struct Piece {  // 8 elements of W as they lie in memory
   int4 raw[sizeof(Element) / 2];
 };
 
-DEVICE void load_piece(Piece& piece, const Element* row, int column) {
+DEVICE void load_piece(Piece& piece, const Element* row, int column, bool wanted) {
   if (WIDTH % 8 == 0) {
     const Element* from = row + (column < WIDTH ? column : 0);  // x is 0 past the end
 #pragma unroll
-    for (int i = 0; i < (int)sizeof(Element) / 2; ++i) piece.raw[i] = load_once((const int4*)from + i);
+    for (int i = 0; i < (int)sizeof(Element) / 2; ++i) load_first(piece.raw[i], (const int4*)from + i, wanted);
   } else {
     float x[8];
-    read_row<WIDTH>(x, row, column);
+    read_row<WIDTH>(x, row, wanted ? column : WIDTH);
     write8((Element*)piece.raw, x);
   }
 }
@@ -68,28 +69,32 @@ DEVICE void multiply(const Element* weight, const Input* x, const float* norm, f
   const int batches = (last - first + AT_ONCE - 1) / AT_ONCE;
   float* parts = (float*)shared;
 
-  Piece now[AT_ONCE * GROUP][PIECES], next[AT_ONCE * GROUP][PIECES];
-  const auto load_batch = [&](Piece (&to)[AT_ONCE * GROUP][PIECES], int batch) {
+  Piece now[AT_ONCE * GROUP][PIECES] = {}, next[AT_ONCE * GROUP][PIECES] = {};
+  const auto load_batch = [&](Piece (&to)[AT_ONCE * GROUP][PIECES], int batch, bool wanted) {
 #pragma unroll
     for (int j = 0; j < AT_ONCE * GROUP; ++j) {
       const int output = min(first + batch * AT_ONCE + j / GROUP, last - 1);
       const Element* row = weight + ((int64_t)(j % GROUP) * outputs + output) * WIDTH;
 #pragma unroll
-      for (int p = 0; p < PIECES; ++p) load_piece(to[j][p], row, 8 * (p * THREADS + threadIdx.x));
+      for (int p = 0; p < PIECES; ++p) load_piece(to[j][p], row, 8 * (p * THREADS + threadIdx.x), wanted);
     }
   };
-  if (batches) load_batch(now, 0);
+  let_next_launch_start();
+  if (batches > 0) load_batch(now, 0, true);  // always so; as a branch it keeps these loads in front of the wait
+  wait_for_launch_before();
   float values[PIECES][8];
   load_input(values, x, norm, eps, parts + batches * AT_ONCE * GROUP * WARPS);
 
   for (int batch = 0; batch < batches; ++batch) {
-    if (batch + 1 < batches) load_batch(next, batch + 1);
+    load_batch(next, batch + 1, batch + 1 < batches);
 #pragma unroll
     for (int j = 0; j < AT_ONCE * GROUP; ++j) {
       float sum = 0.f;
 #pragma unroll
       for (int p = 0; p < PIECES; ++p) {
         float w[8];
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(Element) / 2; ++i) use_after_here(now[j][p].raw[i]);
         read8(w, (const Element*)now[j][p].raw);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum = fmaf(w[i], values[p][i], sum);
@@ -119,28 +124,28 @@ DEVICE float bias_of(const float* bias, int i) { return bias ? bias[i] : 0.f; }
 
 // out = W x + b. All: weight [rows, WIDTH], bias float32 or null, x [WIDTH].
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) gemv(
-    const Element* __restrict__ weight, const Element* __restrict__ x, const float* __restrict__ bias, Element* __restrict__ out, int rows)
+    const Element* __restrict__ weight, const Element* x, const float* __restrict__ bias, Element* __restrict__ out, int rows)
 {
   multiply<1>(weight, x, nullptr, 0.f, rows, [&](int o, const float* sum) { write(out + o, sum[0] + bias_of(bias, o)); });
 }
 
 // The same in float32: logits.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) gemv_float32(
-    const Element* __restrict__ weight, const Element* __restrict__ x, float* __restrict__ out, int rows)
+    const Element* __restrict__ weight, const Element* x, float* __restrict__ out, int rows)
 {
   multiply<1>(weight, x, nullptr, 0.f, rows, [&](int o, const float* sum) { out[o] = sum[0]; });
 }
 
 // stream += W x + b.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) gemv_add(
-    const Element* __restrict__ weight, const Element* __restrict__ x, const float* __restrict__ bias, float* __restrict__ stream, int rows)
+    const Element* __restrict__ weight, const Element* x, const float* __restrict__ bias, float* stream, int rows)
 {
   multiply<1>(weight, x, nullptr, 0.f, rows, [&](int o, const float* sum) { stream[o] += sum[0] + bias_of(bias, o); });
 }
 
 // out = W norm(stream) + b.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) norm_gemv(
-    const Element* __restrict__ weight, const float* __restrict__ stream, const float* __restrict__ norm, float eps,
+    const Element* __restrict__ weight, const float* stream, const float* __restrict__ norm, float eps,
     const float* __restrict__ bias, Element* __restrict__ out, int rows)
 {
   multiply<1>(weight, stream, norm, eps, rows, [&](int o, const float* sum) { write(out + o, sum[0] + bias_of(bias, o)); });
@@ -148,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) norm_gemv(
 
 // The same in float32: logits.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) norm_gemv_float32(
-    const Element* __restrict__ weight, const float* __restrict__ stream, const float* __restrict__ norm, float eps,
+    const Element* __restrict__ weight, const float* stream, const float* __restrict__ norm, float eps,
     float* __restrict__ out, int rows)
 {
   multiply<1>(weight, stream, norm, eps, rows, [&](int o, const float* sum) { out[o] = sum[0]; });
@@ -156,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) norm_gemv_f
 
 // out = silu(gate) * up of W norm(stream) + b: weight [2 outputs, WIDTH], gate first.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) norm_gemv_swiglu(
-    const Element* __restrict__ weight, const float* __restrict__ stream, const float* __restrict__ norm, float eps,
+    const Element* __restrict__ weight, const float* stream, const float* __restrict__ norm, float eps,
     const float* __restrict__ bias, Element* __restrict__ out, int outputs)
 {
   multiply<2>(weight, stream, norm, eps, outputs, [&](int o, const float* sums) {

@@ -79,6 +79,26 @@ DEVICE int4 load_once(const void* p) {  // 16 bytes that this kernel does not wr
   return v;
 }
 
+DEVICE void load_first(int4& v, const void* p, bool wanted) {  // the same, no later than the code says; v stays if not wanted
+  asm volatile("{\n.reg .pred w;\nsetp.ne.b32 w, %5, 0;\n@w ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((int)wanted));
+}
+DEVICE void use_after_here(int4& x) {  // what is made of x stays behind the loads above
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+}
+
+// ---- launches that overlap (sm_90 and later; the launch must ask for it, otherwise these do nothing)
+DEVICE void wait_for_launch_before() {  // until it has ended, and its writes are seen
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_launch_start() {  // as soon as all thread blocks have said so and there is room
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- shared memory by address
 DEVICE void store_shared(uint32_t address, uint32_t value) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
 DEVICE void store_shared(uint32_t address, int4 v) {

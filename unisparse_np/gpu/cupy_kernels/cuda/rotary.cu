@@ -126,8 +126,8 @@ DEVICE void write_heads(float (&mean)[8], const Heads& heads, const float2* tabl
 // qc [Hc, Tq, d], kc [Hkc, Tk, d] by its head stride, anchors [Hkv, Nk, r] by its head stride: of these tokens, or null. Tokens count
 // from the chunk's first, which is key first_key of the sequence. Grid: (composite heads of q, k and v / UNITS_AT_ONCE, blocks).
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) rotate_heads(
-    const Element* __restrict__ qkv, const float2* __restrict__ table, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
-    float eps, int tokens, int num_q_heads, int num_kv_heads, int q_members, int k_members, const int* __restrict__ position,
+    const Element* qkv, const float2* table, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+    float eps, int tokens, int num_q_heads, int num_kv_heads, int q_members, int k_members, const int* position,
     Element* __restrict__ q, Element* __restrict__ k, Element* __restrict__ v, int64_t k_head_stride, int64_t k_row_stride,
     int64_t v_head_stride, int64_t v_row_stride, uint32_t* __restrict__ qc, uint32_t* __restrict__ kc, int64_t kc_head_stride,
     int* __restrict__ anchors, int64_t anchor_head_stride, int key_anchors, int first_key)
@@ -136,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) rotate_heads(
   float* norms = (float*)shared;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, block = blockIdx.y;
   const int64_t token_stride = (int64_t)(num_q_heads + 2 * num_kv_heads) * HEAD_DIM;
+  wait_for_launch_before();  // qkv, table and position are not __restrict__: their reads must not be moved up
   const int row = position ? *position : 0;
   const Heads queries = {qkv, q, q_norm, (int64_t)tokens * HEAD_DIM, HEAD_DIM};
   const Heads keys = {qkv + num_q_heads * HEAD_DIM, k + row * k_row_stride, k_norm, k_head_stride, k_row_stride};

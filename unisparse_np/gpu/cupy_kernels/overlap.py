@@ -1,0 +1,71 @@
+"""Launches that may start while the one before them ends (programmatic dependent launch, compute capability 9.0 and later).
+
+A kernel launched so runs up to its `wait_for_launch_before` (cuda/ptx.cuh) beside the tail of the launch before it. What it reads until
+then must be older than that launch: weights, in a decode step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import cupy
+import numpy as np
+
+from ...errors import BackendUnavailable
+from .device import capability, driver
+from .launch import Launcher
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_OVERLAP = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1)
+
+
+class OverlappingLauncher(Launcher):
+    """A Launcher whose launches may begin before the launch before them on the stream has ended."""
+
+    def __call__(self, columns: int, rows: int, *arguments: Any) -> None:
+        config = _Config(
+            (columns, rows, 1), (self._threads, 1, 1), self._shared_bytes, cupy.cuda.get_current_stream().ptr, ctypes.pointer(_OVERLAP), 1
+        )
+        with self._lock:
+            self._format.pack_into(self._memory, self._start, *arguments)
+            status = _launch_kernel_ex()(ctypes.byref(config), self._function, self._parameters, None)
+        if status:
+            raise BackendUnavailable(f"cuLaunchKernelEx failed with CUresult {status}: the driver may be older than CUDA 12, update it")
+
+
+def address(x: Any) -> Any:
+    """A kernel argument as a Launcher takes it: an array's address, 0 for None, numbers as they are."""
+    return 0 if x is None else x.data.ptr if isinstance(x, cupy.ndarray) else x
+
+
+def argument(x: Any) -> Any:
+    """The same as a RawKernel takes it."""
+    return np.uint64(0) if x is None else np.float32(x) if isinstance(x, float) else np.int32(x) if isinstance(x, int) else x
+
+
+def overlap_is_possible() -> bool:
+    """Whether the device can start a launch before the one before it has ended."""
+    return capability() >= (9, 0) and hasattr(driver(), "cuLaunchKernelEx")
+
+
+@lru_cache
+def _launch_kernel_ex() -> Any:
+    function = driver().cuLaunchKernelEx
+    function.restype = ctypes.c_int
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return function
