@@ -1,5 +1,9 @@
-"""Two ranks that share one GPU, as threads: the model's parts and the prompt's runs on the real kernels. NCCL: test_nccl.py."""
+"""Two ranks that share one GPU, as threads: the model's parts and the prompt's runs on the real kernels.
 
+NCCL does not connect two ranks of one GPU. What the ranks exchange goes through its calls with one rank, and between the threads.
+"""
+
+from dataclasses import replace
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -11,15 +15,32 @@ from tests.parallel.model_cases import open_model
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import attend, load_backend
 from unisparse_np.model.context_split import ContextSplit
-from unisparse_np.parallel import ONE_PROCESS
+from unisparse_np.parallel import ONE_PROCESS, Single
 
 pytestmark = pytest.mark.gpu
 TOKENS = 1500
 SPARSE = UniSparseConfig(block_size=64, top_p=0.8)
 
 
-def results(ranks, dtype, attention, model="needle-llama"):
-    model = open_model(None, model, ranks, "cupy", dtype)
+class ThroughNccl:
+    """A Communicator whose arrays pass NCCL on their way."""
+
+    def __init__(self, group):
+        from unisparse_np.gpu.cupy_kernels.nccl import Nccl
+
+        self.rank, self.size, self._group, self._nccl = group.rank, group.size, group, Nccl(Single())
+
+    def all_reduce(self, x):
+        return self._nccl.all_reduce(self._group.all_reduce(x))
+
+    def all_gather(self, x):
+        return self._group.all_gather(self._nccl.all_gather(x)[0])
+
+
+def results(ranks, dtype, attention):
+    if ranks is not ONE_PROCESS:
+        ranks = replace(ranks, tensor=ThroughNccl(ranks.tensor), context=ThroughNccl(ranks.context))
+    model = open_model(None, "needle-llama", ranks, "cupy", dtype)
     token_ids = np.random.default_rng(3).integers(0, model.config.vocab_size, TOKENS).tolist()
     cache = model.new_cache(TOKENS + 1, attention)
     logits = model.logits(token_ids, attention, chunk_size=1024, cache=cache)
