@@ -89,9 +89,18 @@ class Kernel:
     folder = SOURCES  # tests put a copy with a planted bug here
     launched: list[str] = []  # noqa: RUF012
     by_handle: dict[int, Kernel] = {}  # noqa: RUF012
+    shared_limits: dict[tuple, int] = {}  # noqa: RUF012  of the compiled kernel, whoever set it last
 
     def __init__(self, file: str, name: str, defines: tuple[str, ...]) -> None:
         self.file, self.name, self.defines = file, name, defines
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return Kernel.shared_limits.get((self.file, self.name, self.defines), 48 * 1024)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        Kernel.shared_limits[self.file, self.name, self.defines] = size
 
     @property
     def kernel(self) -> types.SimpleNamespace:
@@ -110,6 +119,7 @@ class Kernel:
 
     def launch(self, pointers: Any, given: int, x: int, y: int, threads: int, shared_mem: int) -> None:
         """Run the kernel with the parameters that `given` pointers point to (a negative count is not checked)."""
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, f"{self.name}: {shared_mem} bytes of shared memory were not asked for"
         built = library(Kernel.folder, self.file, self.name, self.defines)
         declared = built.shared_bytes_of_source()
         assert declared in (-1, shared_mem) or self.name == "merge_scores", (

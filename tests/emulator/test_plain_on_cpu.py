@@ -50,6 +50,13 @@ def test_the_dispatch_is_said():
         assert backend.run_dense(q, k, v, SMALL)[1].kernel == "attend_plain d18 S16 float32 dense"
 
 
+def test_shared_memory_that_one_problem_asked_for_is_not_taken_back_by_another():
+    with cupy_on_cpu.installed("90"):
+        kernel = sys.modules["unisparse_np.gpu.cupy_kernels.device"].kernel
+        first, second = (kernel("plain_scores.cu", "score_plain", size, HEAD_DIM=2, TILE_ROWS=16) for size in (60_000, 50_000))
+        assert first.max_dynamic_shared_size_bytes == second.max_dynamic_shared_size_bytes == 60_000
+
+
 def test_a_running_summary_is_the_summary_of_the_whole():
     q, k, v = inputs(SMALL, np.float32, seed=4)
     with cupy_on_cpu.installed("80") as backend:

@@ -64,7 +64,7 @@ def kernel(file: str, name: str, shared_bytes: int, **defines: int) -> Any:
         options.append("-arch=sm_90a")  # wgmma and setmaxnreg; CuPy's own -arch=sm_90 comes after it and yields
     with _compiling:
         function = _module(code, tuple(options)).get_function(name)
-    if shared_bytes > 48 * 1024:
+    if shared_bytes > max(48 * 1024, function.max_dynamic_shared_size_bytes):  # of the compiled kernel: others may have asked for more
         function.max_dynamic_shared_size_bytes = shared_bytes
     return function
 
