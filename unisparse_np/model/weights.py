@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -79,9 +80,11 @@ def load_weights(
     slots, parts = {name: slot for name, (slot, _) in own.items()}, {name: part for name, (_, part) in own.items()}
     _check_room(folder, slots, layers, held)
     try:
-        fields = _allocate(slots, layers, held)
-        _fill(fields, folder, where, slots, parts, layers, progress)
-    except MemoryError:
+        fields = _filled(_allocate(slots, layers, held), folder, where, slots, parts, layers, progress)
+    except MemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # their variables hold what was read so far
+        if layers.memory is not None:
+            layers.memory.release()
         raise CheckpointError(
             f"{folder}: the weights do not fit this machine's memory as {held}: try dtype='bfloat16', or a smaller model"
         ) from None
@@ -126,11 +129,11 @@ def _allocate(slots: dict[str, Slot], layers: Any, held: np.dtype) -> dict[Field
     return {key: layers.xp.empty((rows[key], *width), dtype=_dtype_of((1, *width), layers, held)) for key, width in widths.items()}
 
 
-def _fill(
+def _filled(
     fields: dict[Field, Any], folder: Path, where: dict[str, str], slots: dict[str, Slot], parts: dict[str, Index], layers: Any,
     progress: Progress | None,
-) -> None:  # fmt: skip
-    """Copy every tensor to its place, and look for numbers that are not finite where they are then: on the device, if there is one."""
+) -> dict[Field, Any]:  # fmt: skip
+    """The fields with every tensor in its place; numbers that are not finite are looked for there, on a device if there is one."""
     total, done = sum(prod(slot.shape) * fields[slot.layer, slot.field].dtype.itemsize for slot in slots.values()), 0
     are_finite: list[tuple[str, Any]] = []  # a device's answers are read when all is copied
     for name, tensor in _read(folder, where, parts):
@@ -148,6 +151,7 @@ def _fill(
     for name, is_finite in are_finite:
         if not is_finite:
             raise CheckpointError(_not_finite(folder, where, name))
+    return fields
 
 
 def _read(folder: Path, where: dict[str, str], parts: dict[str, Index]) -> Iterator[tuple[str, np.ndarray]]:
