@@ -4,6 +4,7 @@
 //   1  a thread block serves all query heads of a KV head for its share of the keys, so that each key is read once; a warp takes 16
 //      keys at a time, keys and values go from global memory straight into the operands of mma.sync (few_rows.cuh); the loads of
 //      the next 16 are issued as soon as the registers of these are free
+//   2  the last thread block of a group merges with all its threads at once; the first keys are asked for before the queries
 //
 // Who does what: decode_work.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
 // same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
@@ -72,6 +73,18 @@ DEVICE void load_values(ValueTile& tile, const Cache& values, Key key) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) rows[k] = values.row(__shfl_sync(0xffffffffu, key.position, 2 * (lane & 3) + (k & 1) + 8 * (k >> 1)));
   tile.load(rows, lane >> 2);
+}
+
+// The group's query rows to shared memory, as piece_of_rows has them; those that do not exist are zero.
+DEVICE void stage_rows(uint32_t to, const uint16_t* queries, int64_t head_stride, int64_t row_stride, const Shape& shape, const Group& group) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  for (int e = warp; e < ROW_TILES * KEY_PIECES; e += WARPS) {
+    const int row = e / KEY_PIECES * 8 + (lane >> 2), column = e % KEY_PIECES * 32 + 8 * (lane & 3);
+    int4 piece = make_int4(0, 0, 0, 0);
+    if (row < group.count && column < HEAD_DIM)
+      piece = load_once(queries + group.head(shape, row) * head_stride + group.query(shape, row) * row_stride + column);
+    store_shared(piece_of_rows(to + e / KEY_PIECES * ROWS_BYTES, e % KEY_PIECES), piece);
+  }
 }
 
 // Sums what the warps found, in their order, into found [ROWS][HEAD_DIM] and its {max, sum} [ROWS], both in global memory.
@@ -176,13 +189,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   if (listed && warp == 0) list_blocks(list, first_block, last_block, words, shape, group, visible);
   __syncthreads();
   for (int i = threadIdx.x; i < listed; i += THREADS) list[i].y = (int)rows_that_selected(words, shape, group, list[i].x, visible);
+  __syncthreads();
 
-  for (int e = warp; e < ROW_TILES * KEY_PIECES; e += WARPS) {
-    const int n = e / KEY_PIECES, column = e % KEY_PIECES * 32 + 8 * t, row = 8 * n + g;
-    const uint16_t* from = queries + group.head(shape, row) * q_head_stride + group.query(shape, row) * q_row_stride;
-    const int4 piece = row < group.count && column < HEAD_DIM ? load_once(from + column) : make_int4(0, 0, 0, 0);
-    store_shared(piece_of_rows(q_rows + n * ROWS_BYTES, e % KEY_PIECES), piece);
+  const int* anchors_here = anchors + (int64_t)group.kv_head * shape.num_k_blocks * shape.key_anchors;
+  const KeyWalk tiles = {shape, group, words, anchors_here, list, selected, Part(anchor_tiles, share), visible_keys, visible};
+  const Cache k_cache = {keys + group.kv_head * k_head_stride, k_row_stride}, v_cache = {values + group.kv_head * v_head_stride, v_row_stride};
+  const int count = tiles.count();
+  KeyTile k;
+  ValueTile v;
+  Key next = {-1, 0};
+  if (warp < count) {
+    next = tiles.at(warp);
+    load_keys(k, k_cache, next);
+    load_values(v, v_cache, next);
   }
+  stage_rows(q_rows, queries, q_head_stride, q_row_stride, shape, group);
   Rows rows;
   float o[ROW_TILES][VALUE_PIECES][4][4];
 #pragma unroll
@@ -200,19 +221,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
       for (int w = 0; w < 4; ++w) o[n][i][w][0] = o[n][i][w][1] = o[n][i][w][2] = o[n][i][w][3] = 0.f;
   }
   __syncthreads();
-
-  const int* anchors_here = anchors + (int64_t)group.kv_head * shape.num_k_blocks * shape.key_anchors;
-  const KeyWalk tiles = {shape, group, words, anchors_here, list, selected, Part(anchor_tiles, share), visible_keys, visible};
-  const Cache k_cache = {keys + group.kv_head * k_head_stride, k_row_stride}, v_cache = {values + group.kv_head * v_head_stride, v_row_stride};
-  const int count = tiles.count();
-  KeyTile k;
-  ValueTile v;
-  Key next = {-1, 0};
-  if (warp < count) {
-    next = tiles.at(warp);
-    load_keys(k, k_cache, next);
-    load_values(v, v_cache, next);
-  }
   for (int i = warp; i < count; i += WARPS) {
     const Key key = next;
     const bool more = i + WARPS < count;
