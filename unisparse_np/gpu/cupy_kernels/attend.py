@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cupy
-import numpy as np
 
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
-from .compress import anchor_rows, find_anchors, launch_gather
+from .compress import anchor_rows, find_anchors, gathering
 from .decode_attention import attend_few, splits_keys
-from .device import capability, num_multiprocessors, tensor_map
+from .device import capability, num_multiprocessors
 from .plan import Plan, plan_of
-from .room import Layout, allocate
+from .program import Launch, TensorMap, base
+from .room import FLOAT32, Layout, allocate, new
 from .select import BlockMask, from_bool
 from .shapes import Rows, aligned, check_dtype, is_float16, rows_of, uses_tensor_cores
 
@@ -58,25 +59,38 @@ def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: P
         return Attended(*plain_stages.attend(q, k, v, words, heads_per_row, anchors, plan))
     if splits_keys(plan.problem, q.dtype):
         return Attended(*attend_few(aligned(q), aligned(k), aligned(v), mask, anchors, plan))
-    keys = Keys(rows_of(k), rows_of(v))
+    return _attend_in_tiles(rows_of(q), rows_of(k), rows_of(v), mask, anchors, plan)
+
+
+def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors: Any, plan: Plan) -> Attended:
+    problem, of_float16 = plan.problem, is_float16(q.array.dtype)
+    on_hopper = problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
+    words = counts = positions = 0
+    heads_per_mask = 1
     if mask is not None:
-        positions = 0
+        words, counts, heads_per_mask = mask.words.data.ptr, mask.counts.data.ptr, mask.heads_per_row
         if anchors is not None:
             anchors = cupy.ascontiguousarray(anchors)
             positions = anchors.data.ptr
-        keys = Keys(keys.k, keys.v, mask.words.data.ptr, mask.counts.data.ptr, mask.heads_per_row, positions)
-    return launch_attend(rows_of(q), keys, plan, is_float16(q.dtype))
+    out, lse = new(plan.out_shape, q.array.dtype), new(plan.out_shape[:2], FLOAT32)
+    memory = allocate(plan.once(work_layout).size)
+    key = (attending, q[2:], k[2:], v[2:], heads_per_mask, words != 0, positions != 0, of_float16, on_hopper)
+    symbolic = (Rows(None, base(0), *q[2:]), Rows(None, base(1), *k[2:]), Rows(None, base(2), *v[2:]))
+    optional = (base(6) if words else 0, base(7) if counts else 0, base(8) if positions else 0)
+    program = plan.program(key, attending, *symbolic, base(3), base(4), base(5), *optional, heads_per_mask, plan, of_float16, on_hopper)
+    program.run(q.address, k.address, v.address, out.data.ptr, lse.data.ptr, memory.ptr, words, counts, positions)
+    name = f"attend_{'sm90' if on_hopper else 'sm80'} d{problem.head_dim} S{problem.config.block_size}"
+    return Attended(out, lse, f"{name} {'float16' if of_float16 else 'bfloat16'}")
 
 
 class Keys(NamedTuple):
-    """What the queries attend to: k, v [Hkv, Lk, d], the addresses of the mask's words and counts (0: dense) and of the anchors (or 0)."""
+    """What the queries attend to: k, v [Hkv, Lk, d]; addresses of the mask's words and counts (0: dense) and of the anchors (or 0)."""
 
     k: Rows
     v: Rows
-    words: int = 0
-    counts: int = 0
-    heads_per_mask: int = 1
-    anchors: int = 0
+    words: int
+    counts: int
+    anchors: int
 
 
 def work_layout(plan: Plan) -> Layout:
@@ -86,23 +100,18 @@ def work_layout(plan: Plan) -> Layout:
     return Layout(work=8 * plan.num_items, counter=4, broken=broken, anchor_keys=anchors, anchor_values=anchors)
 
 
-def launch_attend(q: Rows, keys: Keys, plan: Plan, of_float16: bool) -> Attended:
-    """Step 6: order the items, attend, and look after rows that are not finite."""
-    problem, layout = plan.problem, plan.once(work_layout)
-    out = cupy.empty(plan.out_shape, q.array.dtype)
-    lse = cupy.empty(plan.out_shape[:2], np.float32)
-    memory = allocate(layout.size)
-    room = layout.addresses(memory)
-    if keys.anchors:
-        launch_gather(keys.k, keys.v, keys.anchors, room["anchor_keys"], room["anchor_values"], plan, of_float16)
-    shape = plan.packed_shape(keys.heads_per_mask, keys.anchors != 0)
-    _launch_schedule(keys, shape, room, plan)
-    on_hopper = problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
-    launch = _launch_sm90 if on_hopper else _launch_sm80
-    launch(q, keys, out.data.ptr, lse.data.ptr, shape, room, plan, of_float16)
-    _launch_repair(q, keys, out.data.ptr, shape, room, plan, of_float16)
-    name = f"attend_{'sm90' if on_hopper else 'sm80'} d{problem.head_dim} S{problem.config.block_size}"
-    return Attended(out, lse, f"{name} {'float16' if of_float16 else 'bfloat16'}")
+def attending(
+    q: Rows, k: Rows, v: Rows, out: int, lse: int, room: int, words: int, counts: int, anchors: int, heads_per_mask: int, plan: Plan,
+    of_float16: bool, on_hopper: bool,
+) -> Iterator[Launch]:  # fmt: skip
+    """Step 6: gather the anchors, order the items, attend, and look after rows that are not finite. room: an address for work_layout."""
+    keys, work = Keys(k, v, words, counts, anchors), plan.once(work_layout).addresses(room)
+    if anchors:
+        yield from gathering(k, v, anchors, work["anchor_keys"], work["anchor_values"], plan, of_float16)
+    shape = plan.packed_shape(heads_per_mask, anchors != 0)
+    yield _scheduling(keys, shape, work, plan)
+    yield (_attending_sm90 if on_hopper else _attending_sm80)(q, keys, out, lse, shape, work, plan, of_float16)
+    yield _repairing(q, keys, out, shape, work, plan, of_float16)
 
 
 def heads_per_section(plan: Plan) -> int:
@@ -113,44 +122,47 @@ def heads_per_section(plan: Plan) -> int:
     return min(kv_heads, problem.num_kv_heads) * problem.group_size
 
 
-def _launch_schedule(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> None:
+def _scheduling(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> Launch:
     heads = plan.once(heads_per_section)
-    launch = plan.launcher("schedule.cu", "schedule", SCHEDULE_THREADS, SCHEDULE_BYTES)
+    launcher = plan.launcher("schedule.cu", "schedule", SCHEDULE_THREADS, SCHEDULE_BYTES)
     sections = ceil_div(plan.problem.num_q_heads, heads)
-    launch(sections, 1, shape, keys.counts, room["work"], plan.tile_rows, heads, room["counter"], room["broken"])
+    return Launch(launcher, sections, 1, (shape, keys.counts, room["work"], plan.tile_rows, heads, room["counter"], room["broken"]))
 
 
-def _launch_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> None:
+def _attending_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:
     problem, rows = plan.problem, plan.tile_rows
     dim, q_len, kv_heads = problem.head_dim, problem.q_len, problem.num_kv_heads
-    launch = plan.launcher("attend_sm90.cu", "attend_sm90", 128 + 2 * rows, plan.once(shared_bytes_sm90), of_float16)
-    k, v = (tensor_map(x.address, kv_heads, problem.k_len, dim, x.head_stride, x.row_stride, of_float16, rows) for x in (keys.k, keys.v))
+    launcher = plan.launcher("attend_sm90.cu", "attend_sm90", 128 + 2 * rows, plan.once(shared_bytes_sm90), of_float16)
+    k, v = (TensorMap(x.address, kv_heads, problem.k_len, dim, x.head_stride, x.row_stride, of_float16, rows) for x in (keys.k, keys.v))
     anchor_k, anchor_v = k, v
     if keys.anchors:
         length = plan.once(anchor_rows)
         anchor_k, anchor_v = (
-            tensor_map(address, kv_heads, length, dim, length * dim, dim, of_float16, rows)
+            TensorMap(address, kv_heads, length, dim, length * dim, dim, of_float16, rows)
             for address in (room["anchor_keys"], room["anchor_values"])
         )
     maps = (
-        tensor_map(q.address, problem.num_q_heads, q_len, dim, q.head_stride, q.row_stride, of_float16, rows),
-        k, v, tensor_map(out, problem.num_q_heads, q_len, dim, q_len * dim, dim, of_float16, 64), anchor_k, anchor_v,
+        TensorMap(q.address, problem.num_q_heads, q_len, dim, q.head_stride, q.row_stride, of_float16, rows),
+        k, v, TensorMap(out, problem.num_q_heads, q_len, dim, q_len * dim, dim, of_float16, 64), anchor_k, anchor_v,
     )  # fmt: skip
     per_multiprocessor = 1 if rows == 128 else 3 if dim == 64 else 2
     grid = min(plan.num_items, num_multiprocessors() * per_multiprocessor)
-    launch(grid, 1, *maps, shape, room["work"], plan.num_items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
+    arguments = (*maps, shape, room["work"], plan.num_items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
+    return Launch(launcher, grid, 1, arguments)
 
 
-def _launch_sm80(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> None:
-    launch = plan.launcher("attend_sm80.cu", "attend_sm80", plan.once(threads_sm80), plan.once(shared_bytes_sm80), of_float16)
+def _attending_sm80(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:
+    launcher = plan.launcher("attend_sm80.cu", "attend_sm80", plan.once(threads_sm80), plan.once(shared_bytes_sm80), of_float16)
     inputs = (q.address, keys.k.address, keys.v.address, out, room["anchor_keys"], room["anchor_values"])
-    launch(plan.num_items, 1, *inputs, *_strides(q, keys), shape, room["work"], keys.words, keys.anchors, lse, room["broken"])
+    arguments = (*inputs, *_strides(q, keys), shape, room["work"], keys.words, keys.anchors, lse, room["broken"])
+    return Launch(launcher, plan.num_items, 1, arguments)
 
 
-def _launch_repair(q: Rows, keys: Keys, out: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> None:
-    launch = plan.launcher("repair.cu", "repair", REPAIR_THREADS, 0, of_float16)
+def _repairing(q: Rows, keys: Keys, out: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:
+    launcher = plan.launcher("repair.cu", "repair", REPAIR_THREADS, 0, of_float16)
     inputs = (q.address, keys.k.address, keys.v.address, out)
-    launch(REPAIR_BLOCKS, 1, *inputs, *_strides(q, keys), shape, keys.words, keys.anchors, room["broken"])
+    arguments = (*inputs, *_strides(q, keys), shape, keys.words, keys.anchors, room["broken"])
+    return Launch(launcher, REPAIR_BLOCKS, 1, arguments)
 
 
 def _strides(q: Rows, keys: Keys) -> tuple[int, ...]:

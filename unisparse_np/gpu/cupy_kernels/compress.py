@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cupy
@@ -11,12 +12,12 @@ from ...config import UniSparseConfig
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
 from .plan import Plan, plan_of
+from .program import Launch, launch_all
 from .room import bytes_of
-from .shapes import Rows, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
+from .shapes import NO_ROWS, Rows, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 THREADS = 128
 GATHER_THREADS = 256
-NO_ROWS = Rows(None, 0, 0, 0)
 
 
 class Pooled(NamedTuple):
@@ -58,28 +59,26 @@ def pool(q: Any, k: Any, plan: Plan, dtype: Any, *, with_keys: bool, with_anchor
     qc = cupy.empty(plan.qc_shape, dtype) if q is not None else None
     kc = cupy.empty(plan.kc_shape, dtype) if with_keys else None
     anchors = cupy.empty(plan.anchors_shape, np.int32) if with_anchors and plan.problem.config.key_anchors else None
-    queries, keys = None if q is None else rows_of(q), rows_of(k) if with_keys else None
+    queries, keys = NO_ROWS if q is None else rows_of(q), rows_of(k) if with_keys else NO_ROWS
     qc_at, kc_at, anchors_at = (0 if x is None else x.data.ptr for x in (qc, kc, anchors))
-    launch_pool(queries, keys, qc_at, kc_at, anchors_at, plan, is_float16(k.dtype), to_float16=dtype == np.float16)
+    launch_all(pooling(queries, keys, qc_at, kc_at, anchors_at, plan, is_float16(k.dtype), to_float16=dtype == np.float16))
     return Pooled(qc, kc, anchors)
 
 
-def launch_pool(
-    q: Rows | None, k: Rows | None, qc: int, kc: int, anchors: int, plan: Plan, of_float16: bool, *, to_float16: bool = True
-) -> None:
-    """Composites of q and of k, each where given, to the addresses qc and kc; anchors of k unless that address is 0."""
+def pooling(q: Rows, k: Rows, qc: int, kc: int, anchors: int, plan: Plan, of_float16: bool, *, to_float16: bool = True) -> Iterator[Launch]:
+    """Composites of q and of k, each unless NO_ROWS, to the addresses qc and kc; anchors of k unless that address is 0."""
     problem = plan.problem
     q_parts = problem.num_composite_heads * problem.num_q_blocks
     k_parts = problem.num_composite_kv_heads * problem.num_k_blocks
-    grid = (q_parts if q else 0) + (k_parts if k else 0)
+    grid = (q_parts if q.address else 0) + (k_parts if k.address else 0)
     if grid == 0:
         return
     shared = 4 * problem.config.block_size * problem.kv_heads_per_composite
-    launch = plan.launcher("compress.cu", "compress", THREADS, shared, of_float16)
-    queries, keys = q or NO_ROWS, k or NO_ROWS
-    strides = (queries.head_stride, queries.row_stride, keys.head_stride, keys.row_stride)
+    launcher = plan.launcher("compress.cu", "compress", THREADS, shared, of_float16)
+    strides = (q.head_stride, q.row_stride, k.head_stride, k.row_stride)
     outputs = (qc, 0, kc, 0) if to_float16 else (0, qc, 0, kc)
-    launch(grid, 1, queries.address, keys.address, *strides, plan.packed_shape(), *outputs, anchors, 0 if q else q_parts)
+    arguments = (q.address, k.address, *strides, plan.packed_shape(), *outputs, anchors, 0 if q.address else q_parts)
+    yield Launch(launcher, grid, 1, arguments)
 
 
 def composite_sizes(plan: Plan) -> dict[str, int]:
@@ -109,13 +108,11 @@ def anchor_rows(plan: Plan) -> int:
     return plan.problem.config.key_anchors * anchor_pitch(plan.problem)
 
 
-def launch_gather(k: Rows, v: Rows, anchors: int, anchor_keys: int, anchor_values: int, plan: Plan, of_float16: bool) -> None:
+def gathering(k: Rows, v: Rows, anchors: int, anchor_keys: int, anchor_values: int, plan: Plan, of_float16: bool) -> Iterator[Launch]:
     """Anchor keys and values side by side: positions at `anchors` [Hkv, Nk, r] -> two [Hkv, r * pitch, d], zero where there is none."""
     problem = plan.problem
-    launch = plan.launcher("compress.cu", "gather_anchors", GATHER_THREADS, 0, of_float16)
+    launcher = plan.launcher("compress.cu", "gather_anchors", GATHER_THREADS, 0, of_float16)
     strides = (k.head_stride, k.row_stride, v.head_stride, v.row_stride)
-    chunks = anchor_rows(plan) * problem.head_dim // 8
-    launch(
-        ceil_div(chunks, GATHER_THREADS), problem.num_kv_heads,
-        k.address, v.address, *strides, plan.packed_shape(), anchors, anchor_keys, anchor_values,
-    )  # fmt: skip
+    columns = ceil_div(anchor_rows(plan) * problem.head_dim // 8, GATHER_THREADS)
+    arguments = (k.address, v.address, *strides, plan.packed_shape(), anchors, anchor_keys, anchor_values)
+    yield Launch(launcher, columns, problem.num_kv_heads, arguments)

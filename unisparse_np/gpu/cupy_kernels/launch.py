@@ -34,18 +34,23 @@ class Launcher:
     Args:
         kernel: a cupy.RawKernel.
         code: the source that defines it, with its name; the signature is read there.
+
+    Attributes:
+        function, threads, shared_bytes: what the driver is told.
+        types, offsets, size, format: C types of the parameters, where each lies in a piece of so many bytes, and how they are packed.
     """
 
     def __init__(self, kernel: Any, code: str, name: str, threads: int, shared_bytes: int) -> None:
         self._kernel = kernel  # keeps the module loaded
-        self._function = kernel.kernel.ptr
-        self._threads, self._shared_bytes = threads, shared_bytes
-        text, offsets, size = parameter_layout(signature(code, name))
-        self._format = struct.Struct(text)
-        self._memory = ctypes.create_string_buffer(size + ALIGNMENT)
+        self.function = kernel.kernel.ptr
+        self.threads, self.shared_bytes = threads, shared_bytes
+        self.types = signature(code, name)
+        text, self.offsets, self.size = parameter_layout(self.types)
+        self.format = struct.Struct(text)
+        self._memory = ctypes.create_string_buffer(self.size + ALIGNMENT)
         self._start = -ctypes.addressof(self._memory) % ALIGNMENT
         first = ctypes.addressof(self._memory) + self._start
-        self._parameters = (ctypes.c_void_p * len(offsets))(*(first + offset for offset in offsets))
+        self._parameters = (ctypes.c_void_p * len(self.offsets))(*(first + offset for offset in self.offsets))
         self._parameters_at = ctypes.addressof(self._parameters)
         self._lock = threading.Lock()
 
@@ -53,9 +58,9 @@ class Launcher:
         """Launch a grid of columns x rows thread blocks on the current stream."""
         stream = cupy.cuda.get_current_stream().ptr
         with self._lock:
-            self._format.pack_into(self._memory, self._start, *arguments)
+            self.format.pack_into(self._memory, self._start, *arguments)
             cupy.cuda.driver.launchKernel(
-                self._function, columns, rows, 1, self._threads, 1, 1, self._shared_bytes, stream, self._parameters_at, 0
+                self.function, columns, rows, 1, self.threads, 1, 1, self.shared_bytes, stream, self._parameters_at, 0
             )
 
 

@@ -39,11 +39,11 @@ class OverlappingLauncher(Launcher):
 
     def __call__(self, columns: int, rows: int, *arguments: Any) -> None:
         config = _Config(
-            (columns, rows, 1), (self._threads, 1, 1), self._shared_bytes, cupy.cuda.get_current_stream().ptr, ctypes.pointer(_OVERLAP), 1
+            (columns, rows, 1), (self.threads, 1, 1), self.shared_bytes, cupy.cuda.get_current_stream().ptr, ctypes.pointer(_OVERLAP), 1
         )
         with self._lock:
-            self._format.pack_into(self._memory, self._start, *arguments)
-            status = _launch_kernel_ex()(ctypes.byref(config), self._function, self._parameters, None)
+            self.format.pack_into(self._memory, self._start, *arguments)
+            status = _launch_kernel_ex()(ctypes.byref(config), self.function, self._parameters, None)
         if status:
             raise BackendUnavailable(f"cuLaunchKernelEx failed with CUresult {status}: the driver may be older than CUDA 12, update it")
 

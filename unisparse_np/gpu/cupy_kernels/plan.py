@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
@@ -12,7 +12,8 @@ import numpy as np
 from ...problem import Problem, ceil_div
 from .device import kernel, source
 from .launch import Launcher
-from .shapes import check_shape, shape_of
+from .program import Launch, Program
+from .shapes import check_shape, shape_of, words_per_row
 
 Result = TypeVar("Result")
 
@@ -30,6 +31,7 @@ class Plan:
         self.kc_shape = (problem.num_composite_kv_heads, problem.num_k_composites, problem.head_dim)
         self.anchors_shape = (problem.num_kv_heads, problem.num_k_blocks, config.key_anchors)
         self.scores_shape = (problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks)
+        self.words_shape = (problem.num_composite_heads, problem.num_q_blocks, words_per_row(problem))  # of the block mask
         self.out_shape = (problem.num_q_heads, problem.q_len, problem.head_dim)
         self.tile_rows = 64 if config.block_size == 64 else 128  # query rows of one item of the attention kernels
         self.num_items = problem.num_q_heads * ceil_div(problem.q_len, self.tile_rows)
@@ -38,12 +40,19 @@ class Plan:
         self._packed: dict[tuple[int, bool], bytes] = {}
         self._kernels: dict[tuple[str, bool], Any] = {}
         self._launchers: dict[tuple[str, bool], Launcher] = {}
+        self._programs: dict[tuple[Any, ...], Program] = {}
 
     def once(self, function: Callable[[Plan], Result]) -> Result:
         """function(plan), worked out at the first call only."""
         if function not in self._results:
             self._results[function] = function(self)
         return self._results[function]
+
+    def program(self, key: tuple[Any, ...], launches: Callable[..., Iterable[Launch]], *arguments: Any) -> Program:
+        """launches(*arguments) recorded; once for each key, which says all that the launches depend on besides this plan."""
+        if key not in self._programs:
+            self._programs[key] = Program(launches(*arguments))
+        return self._programs[key]
 
     def shape(self, heads_per_mask: int = 1, with_anchors: bool = True) -> np.ndarray:
         """The struct of cuda/shape.cuh."""

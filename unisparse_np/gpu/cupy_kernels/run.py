@@ -1,12 +1,13 @@
 """The whole call on the GPU: the four stages one after another on the current stream, without a look back at the host.
 
-A call allocates four times: room for composites and scores (given back before the attention), the mask, and what attend.py asks
-for. Nothing is shared between calls, so any number of them may be under way on any number of streams.
+A call allocates a few times: the mask, room for composites and scores (given back before the attention), and what attend.py asks
+for. Its launches are recorded at the first call of their kind (program.py). Nothing that is written is shared between calls, so any
+number of them may be under way on any number of streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,13 @@ from ...problem import KeySummary, Problem
 from ...trace import Trace
 from . import plain_stages
 from .attend import attend, work_layout
-from .compress import composite_sizes, launch_pool, to_half
+from .compress import composite_sizes, pooling, to_half
 from .plan import Plan, plan_of
-from .room import Layout, allocate, view
-from .scores import adds_to_scores, as_shares, clear_scores, launch_scores, score_arrays, score_sizes
-from .select import BlockMask, empty_mask, launch_select, select_words, to_bool
-from .shapes import Rows, check_dtype, is_float16, rows_of, uses_tensor_cores
+from .program import Launch, base
+from .room import INT32, Layout, allocate, new, view
+from .scores import adds_to_scores, as_shares, clear_scores, score_arrays, score_sizes, scoring
+from .select import BlockMask, empty_mask, select_words, selecting, to_bool
+from .shapes import NO_ROWS, Rows, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 
 class DeviceTrace(Trace):
@@ -95,31 +97,48 @@ def _select(
     q: Any, k: Any, plan: Plan, key_summary: KeySummary | None, keep_scores: bool, q_composites: Any
 ) -> tuple[BlockMask, Any, tuple[Any, Any, Any, Any]]:
     """Steps 1-5 -> the mask, the anchors' positions [Hkv, Nk, r] or None, and (qc, kc, mean, peak), None unless keep_scores."""
-    layout = plan.once(selection_layout)
-    memory = allocate(layout.size)
-    room = layout.addresses(memory)
-    mask, anchors = empty_mask(plan), None
-    queries = rows_of(q) if q_composites is None else None
-    qc = room["qc"] if q_composites is None else q_composites.data.ptr
+    of_float16, layout = is_float16(q.dtype), plan.once(selection_layout)
+    queries = NO_ROWS if q_composites is not None else rows_of(q)
+    anchors: Any = None
     if key_summary is None:
-        keys, kc = rows_of(k), Rows(memory, room["kc"], plan.kc_shape[1] * plan.kc_shape[2], plan.kc_shape[2])
+        keys, kc = rows_of(k), NO_ROWS
         if plan.problem.config.key_anchors:
-            anchors = cupy.empty(plan.anchors_shape, np.int32)
+            anchors = new(plan.anchors_shape, INT32)
     else:
-        keys, kc = None, rows_of(to_half(key_summary.kc, plan))
+        keys, kc = NO_ROWS, rows_of(to_half(key_summary.kc, plan))
         if plan.problem.config.key_anchors:
             anchors = cupy.ascontiguousarray(key_summary.anchors)
-    launch_pool(queries, keys, qc, kc.address, 0 if anchors is None else anchors.data.ptr, plan, is_float16(q.dtype))
+    mask = empty_mask(plan)
+    memory = allocate(layout.size)
     if keep_scores or plan.once(adds_to_scores):
         clear_scores(*score_arrays(memory, layout, plan))
-    launch_scores(qc, kc, room, plan)
-    launch_select(room["units"], room["peak"], mask.words.data.ptr, mask.counts.data.ptr, plan)
+    key = (selection, queries[2:], keys[2:], kc[2:], anchors is None, of_float16)
+    symbolic = [Rows(None, base(n), *x[2:]) if x.address else NO_ROWS for n, x in enumerate((queries, keys, kc))]
+    program = plan.program(key, selection, *symbolic, *map(base, range(3, 7)), 0 if anchors is None else base(7), plan, of_float16)
+    program.run(
+        queries.address, keys.address, kc.address, 0 if q_composites is None else q_composites.data.ptr, memory.ptr,
+        mask.words.data.ptr, mask.counts.data.ptr, 0 if anchors is None else anchors.data.ptr,
+    )  # fmt: skip
     if not keep_scores:
         return mask, anchors, (None, None, None, None)
     units, peak = score_arrays(memory, layout, plan)
     found_qc = view(memory, layout.offsets["qc"], plan.qc_shape, np.float16) if q_composites is None else q_composites
     found_kc = view(memory, layout.offsets["kc"], plan.kc_shape, np.float16) if key_summary is None else kc.array
     return mask, anchors, (found_qc.astype(np.float32), found_kc.astype(np.float32), as_shares(units), peak)
+
+
+def selection(
+    q: Rows, k: Rows, kc: Rows, qc: int, room: int, words: int, counts: int, anchors: int, plan: Plan, of_float16: bool
+) -> Iterator[Launch]:
+    """Steps 1-5. q, or NO_ROWS with its composites at qc; k, or NO_ROWS with its composites kc. room: an address for selection_layout."""
+    pieces = plan.once(selection_layout).addresses(room)
+    if q.address:
+        qc = pieces["qc"]
+    if k.address:
+        kc = Rows(None, pieces["kc"], plan.kc_shape[1] * plan.kc_shape[2], plan.kc_shape[2])
+    yield from pooling(q, k, qc, kc.address, anchors, plan, of_float16)
+    yield from scoring(qc, kc, pieces, plan)
+    yield selecting(pieces["units"], pieces["peak"], words, counts, plan)
 
 
 def _select_plain(

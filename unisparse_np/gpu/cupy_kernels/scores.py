@@ -5,6 +5,7 @@ cuda/scores_sm90.cu on Hopper for blocks of 4 composites and more, cuda/scores.c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
@@ -12,8 +13,9 @@ import numpy as np
 
 from ...problem import Problem, ceil_div
 from . import plain_stages
-from .device import capability, tensor_map
+from .device import capability
 from .plan import Plan, plan_of
+from .program import Launch, TensorMap, launch_all
 from .room import Layout, allocate, bytes_of, view
 from .shapes import Rows, rows_of, uses_tensor_cores
 
@@ -49,7 +51,7 @@ def score_units(qc: Any, kc: Any, plan: Plan, *, clear: bool = False) -> tuple[A
     units, peak = score_arrays(memory, layout, plan)
     if clear or plan.once(adds_to_scores):
         clear_scores(units, peak)
-    launch_scores(qc.data.ptr, rows_of(kc), layout.addresses(memory), plan)
+    launch_all(scoring(qc.data.ptr, rows_of(kc), layout.addresses(memory.ptr), plan))
     return units, peak
 
 
@@ -89,13 +91,13 @@ def score_sizes(plan: Plan) -> dict[str, int]:
     }
 
 
-def launch_scores(qc: int, kc: Rows, room: dict[str, int], plan: Plan) -> None:
+def scoring(qc: int, kc: Rows, room: dict[str, int], plan: Plan) -> Iterator[Launch]:
     """Steps 2-3 from float16 composites (qc contiguous) to the addresses in room. Invisible blocks are left as they are."""
     peak = 0 if plan.problem.config.row_threshold is None else room["peak"]
     if _on_hopper(plan):
-        _score_in_one_pass(qc, kc, room["units"], peak, room["sums"], room["maxima"], plan)
+        yield from _scoring_in_one_pass(qc, kc, room["units"], peak, room["sums"], room["maxima"], plan)
     else:
-        _score_in_two_passes(qc, kc, room["units"], peak, plan)
+        yield _scoring_in_two_passes(qc, kc, room["units"], peak, plan)
 
 
 def adds_to_scores(plan: Plan) -> bool:
@@ -109,26 +111,28 @@ def _on_hopper(plan: Plan) -> bool:
     return fits and plan.problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
 
 
-def _score_in_two_passes(qc: int, kc: Rows, units: int, peak: int, plan: Plan) -> None:
+def _scoring_in_two_passes(qc: int, kc: Rows, units: int, peak: int, plan: Plan) -> Launch:
     problem = plan.problem
-    launch = plan.launcher("scores.cu", "score_blocks", PORTABLE_THREADS, shared_bytes(problem.head_dim))
+    launcher = plan.launcher("scores.cu", "score_blocks", PORTABLE_THREADS, shared_bytes(problem.head_dim))
     columns = ceil_div(problem.num_q_composites, PORTABLE_ROWS)
-    launch(columns, problem.num_composite_heads, qc, kc.address, kc.head_stride, plan.packed_shape(), units, peak)
+    arguments = (qc, kc.address, kc.head_stride, plan.packed_shape(), units, peak)
+    return Launch(launcher, columns, problem.num_composite_heads, arguments)
 
 
-def _score_in_one_pass(qc: int, kc: Rows, units: int, peak: int, sums: int, maxima: int, plan: Plan) -> None:
+def _scoring_in_one_pass(qc: int, kc: Rows, units: int, peak: int, sums: int, maxima: int, plan: Plan) -> Iterator[Launch]:
     """Tiles first, then their merger, a slice of heads at a time."""
     problem = plan.problem
     score = plan.launcher("scores_sm90.cu", "score_tiles", HOPPER_THREADS, shared_bytes_sm90(problem.head_dim))
     merge = plan.launcher("scores_sm90.cu", "merge_scores", MERGE_THREADS, plan.once(merge_shared_bytes))
     (heads, q_length, dim), (k_heads, k_length, _), shape = plan.qc_shape, plan.kc_shape, plan.packed_shape()
-    queries = tensor_map(qc, heads, q_length, dim, q_length * dim, dim, True, HOPPER_ROWS)
-    keys = tensor_map(kc.address, k_heads, k_length, dim, kc.head_stride, kc.row_stride, True, HOPPER_COLUMNS)
+    queries = TensorMap(qc, heads, q_length, dim, q_length * dim, dim, True, HOPPER_ROWS)
+    keys = TensorMap(kc.address, k_heads, k_length, dim, kc.head_stride, kc.row_stride, True, HOPPER_COLUMNS)
     slice_heads = plan.once(heads_at_once)
     for first in range(0, heads, slice_heads):
         count = min(slice_heads, heads - first)
-        score(ceil_div(q_length, HOPPER_ROWS), count, queries, keys, shape, first, sums, maxima)
-        merge(ceil_div(q_length, max(16, plan.queries_per_block)), count, sums, maxima, shape, first, units, peak)
+        yield Launch(score, ceil_div(q_length, HOPPER_ROWS), count, (queries, keys, shape, first, sums, maxima))
+        merged = ceil_div(q_length, max(16, plan.queries_per_block))
+        yield Launch(merge, merged, count, (sums, maxima, shape, first, units, peak))
 
 
 def padded_queries(plan: Plan) -> int:

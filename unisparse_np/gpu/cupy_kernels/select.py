@@ -11,6 +11,8 @@ import numpy as np
 from ...config import PerHead
 from ...problem import Problem, ceil_div
 from .plan import Plan, plan_of
+from .program import Launch
+from .room import INT32, UINT32, new
 from .scores import UNITS
 from .shapes import words_per_row
 
@@ -38,22 +40,22 @@ def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
 def select_words(units: Any, peak: Any, plan: Plan) -> BlockMask:
     """The same from contiguous scores in units, as words; what invisible blocks hold does not matter."""
     mask = empty_mask(plan)
-    launch_select(units.data.ptr, 0 if peak is None else peak.data.ptr, mask.words.data.ptr, mask.counts.data.ptr, plan)
+    selecting(units.data.ptr, 0 if peak is None else peak.data.ptr, mask.words.data.ptr, mask.counts.data.ptr, plan).now()
     return mask
 
 
 def empty_mask(plan: Plan) -> BlockMask:
     """Room for a selection, one row a composite head."""
-    words = cupy.empty((*plan.scores_shape[:2], words_per_row(plan.problem)), np.uint32)
-    return BlockMask(words, cupy.empty(plan.scores_shape[:2], np.int32), plan.problem.config.head_compress)
+    words, counts = new(plan.words_shape, UINT32), new(plan.words_shape[:2], INT32)
+    return BlockMask(words, counts, plan.problem.config.head_compress)
 
 
-def launch_select(units: int, peak: int, words: int, counts: int, plan: Plan) -> None:
+def selecting(units: int, peak: int, words: int, counts: int, plan: Plan) -> Launch:
     """Steps 4-5 from scores in units into the words and counts of a BlockMask; what invisible blocks hold does not matter."""
-    launch = plan.launcher("select.cu", "select_blocks", 32 * WARPS, WARPS * 32 * words_per_row(plan.problem) * 4)
+    launcher = plan.launcher("select.cu", "select_blocks", 32 * WARPS, WARPS * 32 * words_per_row(plan.problem) * 4)
     rows = plan.scores_shape[0] * plan.scores_shape[1]
-    addresses = (0 if rule is None else rule.data.ptr for rule in plan.once(rules))
-    launch(ceil_div(rows, WARPS), 1, units, peak, *addresses, plan.packed_shape(), words, counts)
+    shares = (0 if rule is None else rule.data.ptr for rule in plan.once(rules))
+    return Launch(launcher, ceil_div(rows, WARPS), 1, (units, peak, *shares, plan.packed_shape(), words, counts))
 
 
 def rules(plan: Plan) -> tuple[Any, Any]:

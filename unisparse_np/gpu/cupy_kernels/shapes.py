@@ -114,6 +114,9 @@ class Rows(NamedTuple):
     row_stride: int
 
 
+NO_ROWS = Rows(None, 0, 0, 0)
+
+
 def rows_of(x: Any) -> Rows:
     """x [H, L, d] itself where its rows are contiguous and begin on 16-byte boundaries (what the loads need), otherwise a copy."""
     head_bytes, row_bytes, element_bytes = x.strides
