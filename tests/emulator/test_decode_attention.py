@@ -170,7 +170,7 @@ PLANTED = {
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
     "the open block is not pooled": ("decode_select.cu", "if (opens) pool_open_block", "if (false) pool_open_block"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),
-    "a composite too many": ("decode_select.cu", "first + g + 8 * k < stop ?", "first + g + 8 * k < stop + 1 ?"),
+    "a cell of other composites": ("decode_select.cu", "float sum = exp2_fast(logit[k] - base)", "float sum = exp2_fast(logit[0] - base)"),
 }  # fmt: skip
 
 
