@@ -40,7 +40,7 @@ HELD_DTYPES = {
 }
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 ROW_THREADS = 256  # of a thread block that works on rows
-ROTARY_WARPS, UNITS_AT_ONCE = 4, 4  # of rotary.cu
+ROTARY_WARPS, HEADS_AT_ONCE = 4, 4  # of rotary.cu
 NULL = np.uint64(0)
 
 
@@ -141,7 +141,7 @@ def rotary_table(inv_freq: Any, start: int, length: int, factor: float, dtype: n
 def write_rotary_table(inv_freq: Any, start: int, position: Any, factor: float, table: Any) -> None:
     """The same into table; positions count from start, plus position [1] int32 on the device where one is given."""
     length, pairs = table.shape[:2]
-    function = _rotary_kernel("rotary_table", 0, 2 * pairs, np.float32, 128, 8, 8, ROTARY_WARPS)
+    function = _rotary_kernel("rotary_table", 0, 2 * pairs, np.float32, UniSparseConfig(), ROTARY_WARPS, False)
     arguments = (inv_freq, np.int32(start), NULL if position is None else position, np.int32(length), np.float32(factor), table)
     function((ceil_div(length * pairs, ROW_THREADS),), (ROW_THREADS,), arguments)
 
@@ -194,10 +194,12 @@ def launch_rotation(
     config = UniSparseConfig() if problem is None else problem.config
     k_members = 1 if problem is None else problem.kv_heads_per_composite
     q_members = 1 if problem is None else config.head_compress
-    warps, units_at_once = (1, 1) if tokens == 1 else (ROTARY_WARPS, UNITS_AT_ONCE)
+    several = max(q_members, k_members) > 1
+    warps = 1 if tokens == 1 else ROTARY_WARPS
+    at_once = heads_at_once(tokens, dim, qkv.dtype, several)
     anchors = None if room is None or config.key_anchors == 0 else room.anchors
-    shared = 0 if anchors is None else 4 * units_at_once * k_members * config.block_size
-    function = _rotary_kernel("rotate_heads", shared, dim, qkv.dtype, config.block_size, config.q_compress, config.k_compress, warps)
+    shared = 0 if anchors is None else 4 * at_once * k_members * config.block_size
+    function = _rotary_kernel("rotate_heads", shared, dim, qkv.dtype, config, warps, several)
     q_norm, k_norm, eps = (None, None, 0.0) if norms is None else norms
     arguments = (
         qkv, table, q_norm, k_norm, float(eps), tokens, len(q), kv_heads, q_members, k_members, position, q, k, v, *element_strides(k),
@@ -205,8 +207,8 @@ def launch_rotation(
         *((None, np.int64(0)) if anchors is None else (anchors, element_strides(anchors)[0])),
         config.key_anchors, 0 if summary is None else summary.length,
     )  # fmt: skip
-    units = len(q) // q_members + 2 * (kv_heads // k_members)
-    grid = (ceil_div(units, units_at_once), ceil_div(tokens, config.block_size))
+    groups = ceil_div(len(q) // q_members, at_once) + 2 * ceil_div(kv_heads // k_members, at_once)
+    grid = (groups, ceil_div(tokens, config.block_size))
     if overlap:
         _overlapping_rotation(function, 32 * warps, shared)(*grid, *map(address, arguments))
     else:
@@ -233,10 +235,15 @@ def threads_of_row(width: int) -> int:
     return min(ROW_THREADS, ceil_div(width, 256) * 32)
 
 
-def _rotary_kernel(name: str, shared: int, dim: int, dtype: Any, block_size: int, q_compress: int, k_compress: int, warps: int) -> Any:
+def heads_at_once(tokens: int, dim: int, dtype: Any, several_members: bool) -> int:
+    """AT_ONCE of rotary.cu: the heads, or composite heads, of a thread block."""
+    return HEADS_AT_ONCE if tokens > 1 and not several_members and dim % 16 == 0 and dtype != np.float32 else 1
+
+
+def _rotary_kernel(name: str, shared: int, dim: int, dtype: Any, config: UniSparseConfig, warps: int, several_members: bool) -> Any:
     return kernel(
-        "rotary.cu", name, shared, **element(dtype), HEAD_DIM=dim, BLOCK_SIZE=block_size, Q_COMPRESS=q_compress, K_COMPRESS=k_compress,
-        WARPS=warps,
+        "rotary.cu", name, shared, **element(dtype), HEAD_DIM=dim, BLOCK_SIZE=config.block_size, Q_COMPRESS=config.q_compress,
+        K_COMPRESS=config.k_compress, WARPS=warps, SEVERAL_MEMBERS=int(several_members),
     )  # fmt: skip
 
 

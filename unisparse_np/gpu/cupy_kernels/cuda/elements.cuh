@@ -59,6 +59,32 @@ template <int N, class T> DEVICE void write_row(T* row, int column, const float 
   }
 }
 
+// The same eight as they lie in memory, to be widened where they are used: half the registers.
+struct Piece {
+  int4 raw[sizeof(Element) / 2];
+};
+template <int N> DEVICE void read_row(Piece& piece, const Element* row, int column) {
+  if (N % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Element) / 2; ++i) piece.raw[i] = column < N ? ((const int4*)(row + column))[i] : make_int4(0, 0, 0, 0);
+  } else {
+    float x[8];
+    read_row<N>(x, row, column);
+    write8((Element*)piece.raw, x);
+  }
+}
+template <int N> DEVICE void write_row(Element* row, int column, const Piece& piece) {
+  if (N % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Element) / 2; ++i) ((int4*)(row + column))[i] = piece.raw[i];
+  } else {
+    float x[8];
+    read8(x, (const Element*)piece.raw);
+    write_row<N>(row, column, x);
+  }
+}
+DEVICE void widen(float (&x)[8], const Piece& piece) { read8(x, (const Element*)piece.raw); }
+
 DEVICE float warp_sum(float x) {  // the same number in all lanes
 #pragma unroll
   for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);

@@ -16,19 +16,13 @@
 #define PIECES ((WIDTH + 8 * THREADS - 1) / (8 * THREADS))  // of a row: 8 elements each
 #define ROWS (PIECES <= 1 ? 8 : PIECES <= 2 ? 4 : PIECES <= 4 ? 2 : 1)  // of W under way at a time, for one output a row
 
-struct Piece {  // 8 elements of W as they lie in memory
-  int4 raw[sizeof(Element) / 2];
-};
-
 DEVICE void load_piece(Piece& piece, const Element* row, int column, bool wanted) {
   if (WIDTH % 8 == 0) {
     const Element* from = row + (column < WIDTH ? column : 0);  // x is 0 past the end
 #pragma unroll
     for (int i = 0; i < (int)sizeof(Element) / 2; ++i) load_first(piece.raw[i], (const int4*)from + i, wanted);
   } else {
-    float x[8];
-    read_row<WIDTH>(x, row, wanted ? column : WIDTH);
-    write8((Element*)piece.raw, x);
+    read_row<WIDTH>(piece, row, wanted ? column : WIDTH);
   }
 }
 
@@ -95,7 +89,7 @@ DEVICE void multiply(const Element* weight, const Input* x, const float* norm, f
         float w[8];
 #pragma unroll
         for (int i = 0; i < (int)sizeof(Element) / 2; ++i) use_after_here(now[j][p].raw[i]);
-        read8(w, (const Element*)now[j][p].raw);
+        widen(w, now[j][p]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum = fmaf(w[i], values[p][i], sum);
       }

@@ -2,18 +2,19 @@
 // does, rotate, write k and v into the cache, average composite tokens and find each block's anchors in the same registers.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
-//   1  a warp a slab of tokens, heads inside, so that cos and sin come from the first-level cache; each number is read once
+//   1  a warp a slab of tokens, head after head, so that cos and sin come from the first-level cache; each number is read once
 //      (and once more as its partner's partner, from that cache) and written once
+//   2  a warp a composite token of four heads side by side: four times the loads under way, cos and sin read once for the four
 //
 // Composites and anchors are those of compress.cu to the bit: it pools what this kernel writes, by the same functions in the
 // same order. Without pooling (dense attention, or a start inside a block) the pointers of composites are null.
 //
-// Shared memory: squared norms [heads at once][KV heads of the composite][BLOCK_SIZE].
+// Shared memory: squared norms [composite heads of the thread block][KV heads of each][BLOCK_SIZE].
 #include "pool.cuh"
 
 #define HALF (HEAD_DIM / 2)
-#define UNITS_AT_ONCE (WARPS == 1 ? 1 : 4)  // composite heads of one thread block; WARPS is 1 for a single token
-#define SLAB (Q_COMPRESS > K_COMPRESS ? (Q_COMPRESS > 8 ? Q_COMPRESS : 8) : (K_COMPRESS > 8 ? K_COMPRESS : 8))
+// Heads that a warp works on side by side. WARPS is 1 for a single token; several heads of one composite are summed in their order.
+#define AT_ONCE (WARPS > 1 && !SEVERAL_MEMBERS && HEAD_DIM % 16 == 0 && !IS_FLOAT32 ? 4 : 1)
 
 // factor * (cos, sin) of position * inv_freq: table [T, HALF]. The angle is rounded to float32: models were trained with that.
 // The first position is `start`, plus *position where there is one. Grid: enough threads.
@@ -33,32 +34,38 @@ struct Heads {  // one of q, k, v
   int64_t head_stride, row_stride;
 };
 
-// Elements column .. column + 7 of one row, rotated. `other` are those that share their angles, HALF away.
-DEVICE void rotate8(float (&own)[8], const float (&other)[8], const float2* table_row, int column) {
+struct Angles { float cos[8], sin[8]; };  // of elements column .. column + 7 of a row; sin with the sign of what it is added to
+
+DEVICE void read_angles(Angles& angles, const float2* table_row, int column) {
   if (HEAD_DIM % 16 == 0) {
-    float angles[2][8];
+    float pairs[2][8];
     const float* from = (const float*)(table_row + (column < HALF ? column : column - HALF));
-    read8(angles[0], from);
-    read8(angles[1], from + 8);
+    read8(pairs[0], from);
+    read8(pairs[1], from + 8);
     const float sign = column < HALF ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) own[i] = fmaf(sign * other[i], angles[i / 4][2 * (i % 4) + 1], own[i] * angles[i / 4][2 * (i % 4)]);
+    for (int i = 0; i < 8; ++i) {
+      angles.cos[i] = pairs[i / 4][2 * (i % 4)];
+      angles.sin[i] = sign * pairs[i / 4][2 * (i % 4) + 1];
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (column + i >= HEAD_DIM) break;
       const float2 angle = table_row[(column + i) % HALF];
-      own[i] = fmaf(column + i < HALF ? -other[i] : other[i], angle.y, own[i] * angle.x);
+      angles.cos[i] = angle.x;
+      angles.sin[i] = column + i < HALF ? -angle.y : angle.y;
     }
   }
 }
 
-DEVICE void read_partner(float (&x)[8], const Element* row, int column) {
+DEVICE void read_partner(Piece& x, const Element* row, int column) {
   if (HEAD_DIM % 16 == 0) {
     read_row<HEAD_DIM>(x, row, column < HALF ? column + HALF : column < HEAD_DIM ? column - HALF : HEAD_DIM);
   } else {
+    float partner[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = column + i < HEAD_DIM ? read(row + (column + i + HALF) % HEAD_DIM) : 0.f;
+    for (int i = 0; i < 8; ++i) partner[i] = column + i < HEAD_DIM ? read(row + (column + i + HALF) % HEAD_DIM) : 0.f;
+    write8((Element*)x.raw, partner);
   }
 }
 
@@ -84,48 +91,88 @@ DEVICE void normalise(float (&own)[8], float (&other)[8], const float* weight, f
   }
 }
 
-// Tokens [start, stop) of `members` heads from first_head on, by one warp: rotated, written, and averaged into `mean`.
-// norms, if given, receives the squared norm of every row: norms[member * BLOCK_SIZE + token % BLOCK_SIZE].
-template <bool ROTATED>
-DEVICE void write_heads(float (&mean)[8], const Heads& heads, const float2* table, float eps, int64_t token_stride, int first_head,
-                        int members, int start, int stop, float* norms) {
+// Tokens [start, stop) of heads first_head .. first_head + count - 1, count <= N, by one warp: rotated, written, and added to each
+// head's sum. norms, if given, receives the squared norm of every row: norms[head * BLOCK_SIZE + token % BLOCK_SIZE].
+template <bool ROTATED, int N>
+DEVICE void write_heads(float (&sums)[N][8], const Heads& heads, const float2* table, float eps, int64_t token_stride, int first_head,
+                        int count, int start, int stop, float* norms) {
   const int lane = threadIdx.x & 31, part = lane / LANES_PER_ROW, column = (lane % LANES_PER_ROW) * 8;
-  const int tokens = stop - start;
+#pragma unroll 1
+  for (int r0 = start; r0 < stop; r0 += ROWS_AT_ONCE) {
+    const int token = r0 + part;
+    const bool exists = token < stop && column < HEAD_DIM;
+    Piece own_pieces[N], other_pieces[N];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) mean[i] = 0.f;
-  for (int member = 0; member < members; ++member) {
-    const int head = first_head + member;
-#pragma unroll 4
-    for (int r0 = 0; r0 < tokens; r0 += ROWS_AT_ONCE) {
-      const int token = start + r0 + part;
-      const bool exists = r0 + part < tokens && column < HEAD_DIM;
-      const Element* from = heads.from + token * token_stride + head * HEAD_DIM;
+    for (int h = 0; h < N; ++h) {
+      const Element* from = heads.from + token * token_stride + (first_head + h) * HEAD_DIM;
+      const int at = exists && h < count ? column : HEAD_DIM;
+      read_row<HEAD_DIM>(own_pieces[h], from, at);
+      if (ROTATED) read_partner(other_pieces[h], from, at);
+    }
+    Angles angles;
+    if (ROTATED && exists) read_angles(angles, table + (int64_t)token * HALF, column);
+#pragma unroll
+    for (int h = 0; h < N; ++h) {
       float own[8], other[8];
-      read_row<HEAD_DIM>(own, from, exists ? column : HEAD_DIM);
+      widen(own, own_pieces[h]);
       if (ROTATED) {
-        read_partner(other, from, exists ? column : HEAD_DIM);
+        widen(other, other_pieces[h]);
         if (heads.norm) normalise(own, other, heads.norm, eps, column);
-        if (exists) rotate8(own, other, table + (int64_t)token * HALF, column);
-      }
-      Element* to = heads.to + head * heads.head_stride + token * heads.row_stride;
-      if (exists) write_row<HEAD_DIM>(to, column, own);
-#if !IS_FLOAT32
-      unpack8(own, make_int4(pack(own[0], own[1]), pack(own[2], own[3]), pack(own[4], own[5]), pack(own[6], own[7])));  // as written
-#endif
 #pragma unroll
-      for (int i = 0; i < 8; ++i) mean[i] += own[i];
+        for (int i = 0; i < 8; ++i)
+          if (exists) own[i] = fmaf(other[i], angles.sin[i], own[i] * angles.cos[i]);
+      }
+      Piece rotated;
+      write8((Element*)rotated.raw, own);
+      if (exists && h < count)
+        write_row<HEAD_DIM>(heads.to + (first_head + h) * heads.head_stride + token * heads.row_stride, column, rotated);
+      widen(own, rotated);  // what was written is what is pooled
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[h][i] += own[i];
       if (norms) {
         const float n = squared_norm(own);
-        if (r0 + part < tokens && column == 0) norms[member * BLOCK_SIZE + token % BLOCK_SIZE] = n;
+        if (token < stop && column == 0) norms[h * BLOCK_SIZE + token % BLOCK_SIZE] = n;
       }
+    }
+  }
+}
+
+struct Pooling {  // of one thread block's composite heads; composites and norms may be null
+  int width, members;  // tokens and heads of a composite
+  uint32_t* composites;
+  int64_t stride;  // of composite heads, in elements
+  float* norms;
+};
+
+// The composite heads first_unit .. first_unit + units - 1 of one block of tokens, by the thread block.
+template <bool ROTATED>
+DEVICE void write_block(const Heads& heads, const Pooling& pooling, const float2* table, float eps, int64_t token_stride, int first_unit,
+                        int units, int first_token, int last_token) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, width = pooling.width, members = SEVERAL_MEMBERS ? pooling.members : 1;
+  for (int start = first_token + warp * width; start < last_token; start += WARPS * width) {
+    const int stop = min(last_token, start + width);
+    float sums[AT_ONCE][8];
+#pragma unroll
+    for (int h = 0; h < AT_ONCE; ++h)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[h][i] = 0.f;
+    for (int member = 0; member < members; ++member)
+      write_heads<ROTATED>(sums, heads, table, eps, token_stride, first_unit * members + member, units, start, stop,
+                           pooling.norms ? pooling.norms + member * BLOCK_SIZE : nullptr);
+    if (pooling.composites == nullptr) continue;
+#pragma unroll
+    for (int h = 0; h < AT_ONCE; ++h) {
+      finish_mean(sums[h], members * (stop - start));
+      if (h < units && lane < LANES_PER_ROW)
+        write_composite(sums[h], start / width, lane, pooling.composites + (((first_unit + h) * pooling.stride) >> 1), nullptr);
     }
   }
 }
 
 // qkv [T, Hq + 2 Hkv, d] -> q [Hq, T, d]; k, v [Hkv, T, d] by their strides, from row *position on where there is one.
 // qc [Hc, Tq, d], kc [Hkc, Tk, d] by its head stride, anchors [Hkv, Nk, r] by its head stride: of these tokens, or null. Tokens count
-// from the chunk's first, which is key first_key of the sequence. Grid: (composite heads of q, k and v / UNITS_AT_ONCE, blocks).
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) rotate_heads(
+// from the chunk's first, which is key first_key of the sequence. Grid: (AT_ONCE composite heads of q, of k, of v; blocks of tokens).
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) rotate_heads(
     const Element* qkv, const float2* table, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
     float eps, int tokens, int num_q_heads, int num_kv_heads, int q_members, int k_members, const int* position,
     Element* __restrict__ q, Element* __restrict__ k, Element* __restrict__ v, int64_t k_head_stride, int64_t k_row_stride,
@@ -134,51 +181,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) rotate_heads(
 {
   DYNAMIC_SHARED(shared);
   float* norms = (float*)shared;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, block = blockIdx.y;
+  const int warp = threadIdx.x >> 5, block = blockIdx.y;
   const int64_t token_stride = (int64_t)(num_q_heads + 2 * num_kv_heads) * HEAD_DIM;
-  wait_for_launch_before();  // qkv, table and position are not __restrict__: their reads must not be moved up
-  const int row = position ? *position : 0;
-  const Heads queries = {qkv, q, q_norm, (int64_t)tokens * HEAD_DIM, HEAD_DIM};
-  const Heads keys = {qkv + num_q_heads * HEAD_DIM, k + row * k_row_stride, k_norm, k_head_stride, k_row_stride};
-  const Heads values = {keys.from + num_kv_heads * HEAD_DIM, v + row * v_row_stride, nullptr, v_head_stride, v_row_stride};
   const int q_units = num_q_heads / q_members, k_units = num_kv_heads / k_members;
-  const int first_unit = blockIdx.x * UNITS_AT_ONCE, last_unit = min(first_unit + UNITS_AT_ONCE, q_units + 2 * k_units);
+  const int q_groups = (q_units + AT_ONCE - 1) / AT_ONCE, k_groups = (k_units + AT_ONCE - 1) / AT_ONCE;
   const int first_token = block * BLOCK_SIZE, last_token = min(tokens, first_token + BLOCK_SIZE);
   const int q_composites = (tokens + Q_COMPRESS - 1) / Q_COMPRESS;
+  wait_for_launch_before();  // qkv, table and position are not __restrict__: their reads must not be moved up
+  const int row = position ? *position : 0;
+  const Element* k_from = qkv + num_q_heads * HEAD_DIM;
 
-  float mean[8];
-  for (int slab = first_token + warp * SLAB; slab < last_token; slab += WARPS * SLAB) {
-    const int end = min(last_token, slab + SLAB);
-    for (int unit = first_unit; unit < last_unit; ++unit) {
-      if (unit < q_units) {
-        for (int t = slab; t < end; t += Q_COMPRESS) {
-          const int stop = min(end, t + Q_COMPRESS);
-          write_heads<true>(mean, queries, table, eps, token_stride, unit * q_members, q_members, t, stop, nullptr);
-          if (qc == nullptr) continue;
-          finish_mean(mean, q_members * (stop - t));
-          if (lane < LANES_PER_ROW) write_composite(mean, (int64_t)unit * q_composites + t / Q_COMPRESS, lane, qc, nullptr);
-        }
-      } else if (unit < q_units + k_units) {
-        const int of_keys = unit - q_units;
-        float* of_unit = anchors ? norms + (unit - first_unit) * k_members * BLOCK_SIZE : nullptr;
-        for (int t = slab; t < end; t += K_COMPRESS) {
-          const int stop = min(end, t + K_COMPRESS);
-          write_heads<true>(mean, keys, table, eps, token_stride, of_keys * k_members, k_members, t, stop, of_unit);
-          if (kc == nullptr) continue;
-          finish_mean(mean, k_members * (stop - t));
-          if (lane < LANES_PER_ROW) write_composite(mean, t / K_COMPRESS, lane, kc + ((of_keys * kc_head_stride) >> 1), nullptr);
-        }
-      } else {
-        write_heads<false>(mean, values, table, eps, token_stride, (unit - q_units - k_units) * k_members, k_members, slab, end, nullptr);
-      }
-    }
+  int group = blockIdx.x;
+  if (group < q_groups) {
+    const Heads heads = {qkv, q, q_norm, (int64_t)tokens * HEAD_DIM, HEAD_DIM};
+    const Pooling pooling = {Q_COMPRESS, q_members, qc, (int64_t)q_composites * HEAD_DIM, nullptr};
+    write_block<true>(heads, pooling, table, eps, token_stride, group * AT_ONCE, min(AT_ONCE, q_units - group * AT_ONCE), first_token, last_token);
+    return;
   }
+  group -= q_groups;
+  if (group >= k_groups) {
+    group -= k_groups;
+    const Heads heads = {k_from + num_kv_heads * HEAD_DIM, v + row * v_row_stride, nullptr, v_head_stride, v_row_stride};
+    const Pooling pooling = {K_COMPRESS, k_members, nullptr, 0, nullptr};
+    write_block<false>(heads, pooling, table, eps, token_stride, group * AT_ONCE, min(AT_ONCE, k_units - group * AT_ONCE), first_token, last_token);
+    return;
+  }
+  const int first_unit = group * AT_ONCE, units = min(AT_ONCE, k_units - first_unit);
+  const Heads heads = {k_from, k + row * k_row_stride, k_norm, k_head_stride, k_row_stride};
+  const Pooling pooling = {K_COMPRESS, k_members, kc, kc_head_stride, anchors ? norms : nullptr};
+  write_block<true>(heads, pooling, table, eps, token_stride, first_unit, units, first_token, last_token);
   if (anchors == nullptr) return;
   __syncthreads();
-  for (int unit = first_unit; unit < last_unit; ++unit) {
-    if (unit < q_units || unit >= q_units + k_units) continue;
-    for (int m = warp; m < k_members; m += WARPS)
-      pick_anchors(norms + ((unit - first_unit) * k_members + m) * BLOCK_SIZE, first_key + first_token, last_token - first_token,
-                   key_anchors, anchors + ((unit - q_units) * k_members + m) * anchor_head_stride + block * key_anchors);
-  }
+  for (int m = warp; m < units * k_members; m += WARPS)
+    pick_anchors(norms + m * BLOCK_SIZE, first_key + first_token, last_token - first_token, key_anchors,
+                 anchors + (first_unit * k_members + m) * anchor_head_stride + block * key_anchors);
 }
