@@ -68,7 +68,7 @@ FEW = {
     "decode": (Problem(4, 1, 1, 333, 64, UniSparseConfig(64)), BFLOAT16, None),
     "one key": (Problem(2, 2, 1, 1, 64, UniSparseConfig(64)), np.float16, None),
     "group of 3, d 80": (Problem(6, 2, 2, 150, 80, UniSparseConfig(64)), np.float16, None),
-    "an offset before the end": (Problem(2, 1, 3, 400, 48, UniSparseConfig(64), q_offset=200), np.float16, None),
+    "an offset before the end": (Problem(2, 1, 3, 400, 80, UniSparseConfig(64), q_offset=200), np.float16, None),
     "not causal, 16 queries": (Problem(1, 1, 16, 100, 32, UniSparseConfig(64), causal=False), BFLOAT16, None),
     "two groups of rows": (Problem(8, 1, 3, 130, 128, UniSparseConfig(64)), BFLOAT16, None),
     "sparse": (Problem(4, 2, 1, 700, 64, UniSparseConfig(64, key_anchors=1)), BFLOAT16, 0.3),
