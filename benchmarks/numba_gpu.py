@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/numba_gpu.py [--length 8192] [--density 0.25]
 
 Right: every stage against the float64 reference (`audit`), on random inputs in four dtypes and several configs; exit code 1
-when one does not agree. Fast: 32 query heads, 8 KV heads, head_dim 128, causal; the same inputs for all, float32 for Numba and
-NumPy, bfloat16 for CuPy (which has no float32 kernel). Medians of CUDA-event times. Results go to
+when one does not agree. Fast: 32 query heads, 8 KV heads, head_dim 128, causal; the same inputs for all, in float32, and for CuPy
+also rounded to bfloat16, where it has the tensor cores. Medians of CUDA-event times. Results go to
 benchmarks/results/numba_gpu.json.
 """
 
@@ -86,60 +86,88 @@ def attended_flop(mask: np.ndarray, size: int) -> float:
     return 4.0 * size * size * HEAD_DIM * (float(mask.sum()) - 0.5 * mask.shape[0] * mask.shape[1])
 
 
-def time_attention(length: int, density: float) -> list[dict[str, Any]]:
+class Timed:
+    """The rows of one result, printed as they come."""
+
+    def __init__(self, length: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._length = length
+
+    def add(self, kernel: str, work: str, ms: float, flop: float | None = None) -> None:
+        row = {"kernel": kernel, "work": work, "length": self._length, "ms": ms} | ({"tflops": flop / ms / 1e9} if flop else {})
+        self.rows.append(row)
+        print(f"{kernel:<14} {work:<28} {ms:10.3f} ms" + (f" {flop / ms / 1e9:8.2f} TFLOP/s" if flop else ""), flush=True)
+
+
+def time_all(length: int, density: float) -> list[dict[str, Any]]:
+    """Every stage of every backend on the same numbers and the same mask."""
     config = UniSparseConfig(key_anchors=0)
     problem = Problem(NUM_Q_HEADS, NUM_KV_HEADS, length, length, HEAD_DIM, config)
     arrays = random_qkv((NUM_Q_HEADS, NUM_KV_HEADS, length, length, HEAD_DIM), np.float32)
     mask = random_mask(length, density, config.block_size)
-    whole = np.tril(np.ones_like(mask))
-    q, k, v, mask_there = (to_device(x) for x in (*arrays, mask))
-    rows: list[dict[str, Any]] = []
-
-    def add(kernel: str, work: str, ms: float, flop: float | None = None) -> None:
-        rows.append({"kernel": kernel, "work": work, "length": length, "ms": ms} | ({"tflops": flop / ms / 1e9} if flop else {}))
-        print(f"{kernel:<10} {work:<28} {ms:10.3f} ms" + (f" {flop / ms / 1e9:8.2f} TFLOP/s" if flop else ""), flush=True)
-
-    sparse_flop, dense_flop = attended_flop(mask, config.block_size), attended_flop(whole, config.block_size)
-    sparse = f"attention at density {density:g}"
-    add("numba", "dense attention", median_ms(lambda: numba_kernels.dense_attention(q, k, v, problem)), dense_flop)
-    add("numba", sparse, median_ms(lambda: numba_kernels.sparse_attention(q, k, v, mask_there, problem)), sparse_flop)
-    qc, kc = numba_kernels.compress(q, k, problem)
-    mean, peak = numba_kernels.score_blocks(qc, kc, problem)
-    add("numba", "compress", median_ms(lambda: numba_kernels.compress(q, k, problem)))
-    add("numba", "score_blocks", median_ms(lambda: numba_kernels.score_blocks(qc, kc, problem)))
-    add("numba", "select_blocks", median_ms(lambda: numba_kernels.select_blocks(mean, peak, problem)))
-    add("numba", "find_anchors", median_ms(lambda: numba_kernels.find_anchors(k, config.block_size, 1)))
+    timed = Timed(length)
+    mine = time_backend("numba", numba_kernels, arrays, mask, problem, density, timed)
     if importlib.util.find_spec("cupy") is not None:
-        time_cupy(arrays, mask, problem, sparse, sparse_flop, dense_flop, add)
-    started = time.perf_counter()
-    reference.sparse_attention(*(x[:g] for x, g in zip(arrays, (4, 1, 1), strict=True)), mask[:4], problem.of_kv_heads(0, 1))
-    add("reference", f"{sparse}, 4 of 32 heads", 1e3 * (time.perf_counter() - started), sparse_flop / 8)
-    return rows
+        from unisparse_np.gpu import cupy_kernels
+
+        for dtype, allowed in ((np.float32, 1e-4), (ml_dtypes.bfloat16, 2e-2)):
+            rounded = [x.astype(dtype) for x in arrays]
+            theirs = time_backend(f"cupy {np.dtype(dtype).name}", cupy_kernels, rounded, mask, problem, density, timed)
+            difference = np.abs(mine - theirs).max()
+            assert difference < allowed, f"the backends differ by {difference}"
+    time_reference(arrays, mask, problem, density, timed)
+    return timed.rows
 
 
-def time_cupy(
-    arrays: list[np.ndarray], mask: np.ndarray, problem: Problem, sparse: str, sparse_flop: float, dense_flop: float, add: Callable
-) -> None:
-    """CuPy's kernels on the same numbers, rounded to bfloat16; and that both backends agree on them."""
-    from unisparse_np.gpu import cupy_kernels
+def time_backend(
+    name: str, engine: Any, arrays: list[np.ndarray], mask: np.ndarray, problem: Problem, density: float, timed: Timed
+) -> np.ndarray:
+    """One GPU backend's rows; returns its sparse attention [Hq, L, d] in float32."""
+    q, k, v = (engine.from_any("x", x) for x in arrays)
+    there = to_device(mask) if engine is numba_kernels else engine.xp.asarray(mask)
+    size = problem.config.block_size
+    dense_flop, sparse_flop = attended_flop(np.tril(np.ones_like(mask)), size), attended_flop(mask, size)
+    timed.add(name, "dense attention", median_ms(lambda: engine.dense_attention(q, k, v, problem)), dense_flop)
+    sparse = f"attention at density {density:g}"
+    timed.add(name, sparse, median_ms(lambda: engine.sparse_attention(q, k, v, there, problem)), sparse_flop)
+    qc, kc = (engine.as_composites(x, problem, q.dtype) for x in engine.compress(q, k, problem))
+    mean, peak = engine.score_blocks(qc, kc, problem)
+    timed.add(name, "compress", median_ms(lambda: engine.compress(q, k, problem)))
+    timed.add(name, "score_blocks", median_ms(lambda: engine.score_blocks(qc, kc, problem)))
+    timed.add(name, "select_blocks", median_ms(lambda: engine.select_blocks(mean, peak, problem)))
+    timed.add(name, "find_anchors", median_ms(lambda: engine.find_anchors(k, size, 1)))
+    return np.asarray(engine.as_numpy(engine.sparse_attention(q, k, v, there, problem)[0])).astype(np.float32)
 
-    q, k, v = (cupy_kernels.from_any("x", x.astype(ml_dtypes.bfloat16)) for x in arrays)
-    mask_there = cupy_kernels.xp.asarray(mask)
-    mine, _ = numba_kernels.sparse_attention(*(numba_kernels.from_any("x", x) for x in (q, k, v)), to_device(mask), problem)
-    theirs, _ = cupy_kernels.sparse_attention(q, k, v, mask_there, problem)
-    difference = np.abs(np.asarray(mine) - np.asarray(cupy_kernels.as_numpy(theirs)).astype(np.float32)).max()
-    assert difference < 2e-2, f"the backends differ by {difference}"
-    add("cupy", "dense attention", median_ms(lambda: cupy_kernels.dense_attention(q, k, v, problem)), dense_flop)
-    add("cupy", sparse, median_ms(lambda: cupy_kernels.sparse_attention(q, k, v, mask_there, problem)), sparse_flop)
+
+def time_reference(arrays: list[np.ndarray], mask: np.ndarray, problem: Problem, density: float, timed: Timed) -> None:
+    """NumPy on one KV head and the query heads that read it: an eighth of the work."""
+    part = problem.of_kv_heads(0, 1)
+    group = part.num_q_heads
+    q, k, v = arrays[0][:group], arrays[1][:1], arrays[2][:1]
+    qc, kc = reference.compress(q, k, part)
+    mean, peak = reference.score_blocks(qc, kc, part)
+    works: dict[str, Callable[[], Any]] = {
+        f"attention at density {density:g}": lambda: reference.sparse_attention(q, k, v, mask[:group], part),
+        "compress": lambda: reference.compress(q, k, part),
+        "score_blocks": lambda: reference.score_blocks(qc, kc, part),
+        "select_blocks": lambda: reference.select_blocks(mean, peak, part),
+        "find_anchors": lambda: reference.find_anchors(k, part.config.block_size, 1),
+    }
+    for work, run in works.items():
+        started = time.perf_counter()
+        run()
+        flop = attended_flop(mask[:group], part.config.block_size) if work.startswith("attention") else None
+        timed.add("reference", f"{work}, {group} of {NUM_Q_HEADS} heads", 1e3 * (time.perf_counter() - started), flop)
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How the sparse kernel stands beside the dense one and beside CuPy's."""
     ms = {(row["kernel"], row["work"].split(" at ")[0]): row["ms"] for row in rows}
     found = {"dense ms / sparse ms": ms["numba", "dense attention"] / ms["numba", "attention"]}
-    if ("cupy", "attention") in ms:
-        found["share of cupy's dense speed"] = ms["cupy", "dense attention"] / ms["numba", "dense attention"]
-        found["share of cupy's sparse speed"] = ms["cupy", "attention"] / ms["numba", "attention"]
+    for kernel in ("cupy float32", "cupy bfloat16"):
+        if (kernel, "attention") in ms:
+            found[f"share of the dense speed of {kernel}"] = ms[kernel, "dense attention"] / ms["numba", "dense attention"]
+            found[f"share of the sparse speed of {kernel}"] = ms[kernel, "attention"] / ms["numba", "attention"]
     return found
 
 
@@ -148,7 +176,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--density", type=float, default=0.25)
     arguments = parser.parse_args()
-    rows = time_attention(arguments.length, arguments.density)
+    rows = time_all(arguments.length, arguments.density)
     found = verdicts(rows)
     for name, value in found.items():
         print(f"{name}: {value:.3f}")

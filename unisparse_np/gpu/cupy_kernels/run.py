@@ -18,8 +18,9 @@ from ...errors import BackendUnavailable
 from ...problem import KeySummary, Problem
 from ...trace import Trace
 from . import plain_stages
-from .attend import attend, work_layout
+from .attend import attend
 from .compress import composite_sizes, pooling, to_half
+from .memory import attention_bytes, free_bytes
 from .plan import Plan, plan_of
 from .program import Launch, base
 from .room import INT32, Layout, allocate, new, view
@@ -75,7 +76,7 @@ def run_sparse(
         mask, anchors, scores = select(q, k, plan, key_summary, keep_scores, q_composites)
         result = attend(q, k, v, mask, anchors, plan)
     except cupy.cuda.memory.OutOfMemoryError as error:
-        raise no_room_for(problem, error) from error
+        raise no_room_for(problem, q.itemsize, error) from error
     trace = DeviceTrace(result.kernel, result.lse, mask, anchors, plan)
     trace.qc, trace.kc, trace.mean, trace.peak = scores
     return result.out, trace
@@ -88,7 +89,7 @@ def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
     try:
         result = attend(q, k, v, None, None, plan)
     except cupy.cuda.memory.OutOfMemoryError as error:
-        raise no_room_for(problem, error) from error
+        raise no_room_for(problem, q.itemsize, error) from error
     visible = plan.visible_blocks
     return result.out, Trace(kernel=f"{result.kernel} dense", kept_blocks=visible, visible_blocks=visible, lse=result.lse)
 
@@ -161,22 +162,12 @@ def selection_layout(plan: Plan) -> Layout:
     return Layout(**composite_sizes(plan), **score_sizes(plan))
 
 
-def no_room_for(problem: Problem, error: Exception) -> BackendUnavailable:
-    """What to say to an allocation that does not fit: the bytes asked for, and a chunk of queries that fits."""
-    free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
-    size, chunk = problem.config.block_size, problem.q_len
-    while chunk > size and bytes_of_call(replace(problem, q_len=chunk)) > free:
+def no_room_for(problem: Problem, itemsize: int, error: Exception) -> BackendUnavailable:
+    """What to say to an allocation that does not fit: the bytes asked for, and a chunk of queries that fits. itemsize: of q, k, v."""
+    free, size, chunk = free_bytes(), problem.config.block_size, problem.q_len
+    while chunk > size and attention_bytes(replace(problem, q_len=chunk), itemsize, sparse=True) > free:
         chunk = max(size, chunk // 2 // size * size)
     return BackendUnavailable(
         f"the GPU has no room for {problem.q_len} queries at once ({error}): pass them in chunks of {chunk} tokens "
         "(--chunk-size on the command line), or free memory that other programs hold"
-    )
-
-
-def bytes_of_call(problem: Problem) -> int:
-    """The most device memory that run_sparse holds at once, the output included."""
-    plan = Plan(problem)
-    attention = work_layout(plan).size + problem.num_q_heads * problem.q_len * (2 * problem.head_dim + 4)
-    return max(selection_layout(plan).size, attention) + problem.num_composite_heads * problem.num_q_blocks * (
-        problem.num_k_blocks // 8 + 8
     )
