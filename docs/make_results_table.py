@@ -150,7 +150,7 @@ TABLES: list[tuple[str, Table]] = [
     (
         "numba_gpu",
         Table(
-            "And the Numba kernels, written to be followed? Float32, 8,192 tokens, head_dim 128 (CuPy's run in bfloat16)",
+            "And the Numba kernels, written to be followed? The same inputs for all: 8,192 tokens, q [32, L, 128], k, v [8, L, 128], causal, float32",
             {
                 "kernel": lambda row: row["kernel"],
                 "work": lambda row: row["work"],
