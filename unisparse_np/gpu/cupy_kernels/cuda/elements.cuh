@@ -5,6 +5,9 @@
 #pragma once
 #include "ptx.cuh"
 
+#ifndef IS_FLOAT32
+#define IS_FLOAT32 0
+#endif
 #if IS_FLOAT32
 typedef float Element;
 #else
