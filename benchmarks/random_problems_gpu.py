@@ -48,7 +48,7 @@ def use_portable_kernels(portable: bool, native: dict[str, Any] = {}) -> None:  
     for module in (attend, scores):
         native.setdefault(module.__name__, module.HOPPER_HEAD_DIMS)
         module.HOPPER_HEAD_DIMS = () if portable else native[module.__name__]
-    plan._plan.cache_clear()
+    plan.forget_plans()
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -25,7 +26,12 @@ def on_gpu(x: Any) -> bool:
 
 def dtype_name(x: Any) -> str:
     """ "float32" for NumPy's, CuPy's, PyTorch's and JAX's float32 alike."""
-    return str(getattr(x.dtype, "name", x.dtype)).removeprefix("torch.")
+    return _name_of(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _name_of(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
 def check_array(name: str, x: Any) -> None:

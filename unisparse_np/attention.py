@@ -13,6 +13,7 @@ from .problem import KeySummary, Problem
 from .trace import Trace
 
 AttentionConfig = UniSparseConfig | Literal["dense"]
+DEFAULT_CONFIG = UniSparseConfig()
 BACKENDS = {"reference": "unisparse_np.reference", "cupy": "unisparse_np.gpu.cupy_kernels", "numba": "unisparse_np.gpu.numba_kernels"}
 
 
@@ -54,7 +55,7 @@ def unisparse_attention(
         InvalidInput: shapes, dtypes, offset or values that break a rule; non-finite numbers in what would be read.
         BackendUnavailable: the backend is not installed, or not part of this version.
     """
-    config = UniSparseConfig() if config is None else config
+    config = DEFAULT_CONFIG if config is None else config
     _check_config(config)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_array(name, x)

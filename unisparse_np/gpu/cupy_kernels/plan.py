@@ -16,6 +16,8 @@ from .program import Launch, Program
 from .shapes import check_shape, shape_of, words_per_row
 
 Result = TypeVar("Result")
+MOST_RECENT = 256
+_recent: dict[tuple[int, int], tuple[Problem, Plan]] = {}  # by the problem's identity, which is found faster than its hash
 
 
 class Plan:
@@ -97,7 +99,21 @@ class Plan:
 
 def plan_of(problem: Problem) -> Plan:
     """The plan of a problem on the current device, made once. Raises InvalidInput for shapes the kernels do not take."""
-    return _plan(problem, cupy.cuda.runtime.getDevice())
+    key = (id(problem), cupy.cuda.runtime.getDevice())
+    found = _recent.get(key)
+    if found is not None and found[0] is problem:
+        return found[1]
+    if len(_recent) >= MOST_RECENT:
+        _recent.clear()
+    plan = _plan(problem, key[1])
+    _recent[key] = problem, plan
+    return plan
+
+
+def forget_plans() -> None:
+    """Make every plan anew: for those who change which kernels are there."""
+    _recent.clear()
+    _plan.cache_clear()
 
 
 @lru_cache(maxsize=1024)
