@@ -223,7 +223,8 @@ def test_a_backend_s_decoder_takes_the_steps_and_lives_in_the_cache(make_model):
     made = []
 
     class Decoder:
-        def __init__(self, config, weights, cache, configs):
+        def __init__(self, config, weights, cache, configs, ranks):
+            assert ranks.size == 1
             made.append(configs)
             self.cache = cache
 

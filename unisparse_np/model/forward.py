@@ -83,7 +83,10 @@ class ForwardPass:
     def head(self, x: Any) -> Any:
         """x [T, hidden] -> logits [T, vocab], float32 (float64 in a float64 model), the backend's."""
         normed = self._layers.rms_norm(x, self.weights.norm, self.config.rms_norm_eps, self.dtype)
-        logits = self._layers.head(normed, self.weights.head)  # [T, own rows of the vocabulary]
+        return self.whole_logits(self._layers.head(normed, self.weights.head))
+
+    def whole_logits(self, logits: Any) -> Any:
+        """[T, this rank's rows of the vocabulary] -> [T, vocab]."""
         return join_vocabulary(self._layers.xp, logits, self.config.vocab_size, self._tensor)
 
     def _attention(

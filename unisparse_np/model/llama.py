@@ -58,8 +58,7 @@ class Llama:
         self.max_context = config.max_position_embeddings if max_context is None else max_context
         self.forward = ForwardPass(self.config, weights, backend, check_finite, ranks)
         self._layers = backend.layers
-        # of steps as one call, where the backend has that for a whole model
-        self._new_decoder = getattr(backend, "new_decoder", None) if ranks.tensor.size == 1 else None
+        self._new_decoder = getattr(backend, "new_decoder", None)  # of steps as one call, where the backend has that
 
     # ---- what callers use ----
     def new_cache(self, capacity: int, attention: Attention = "dense", *, prompt_tokens: int | None = None) -> KVCache:
@@ -149,7 +148,7 @@ class Llama:
             decoder = self._decoder(cache, configs)
             if decoder is None:
                 return self.forward.head(self.forward.hidden([token_id], cache, configs, count=False))[0]
-            return decoder.step(token_id)
+            return self.forward.whole_logits(decoder.step(token_id)[None])[0]
 
     def _decoder(self, cache: KVCache, configs: list[AttentionConfig]) -> Any:
         """What the backend made for steps over this cache; None where it has nothing for them, and with check_finite."""
@@ -157,7 +156,7 @@ class Llama:
             return None
         key = tuple(configs)
         if key not in cache.decoders:
-            cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs)
+            cache.decoders[key] = self._new_decoder(self.config, self.weights, cache, configs, self.ranks.tensor)
         return cache.decoders[key]
 
     def logits(

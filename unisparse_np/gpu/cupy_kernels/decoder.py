@@ -32,13 +32,15 @@ class LayerStep(NamedTuple):
     summary: KeySummary | None
 
 
-def new_decoder(config: Any, weights: Any, cache: Any, attention: Sequence[Any]) -> Decoder | None:
+def new_decoder(config: Any, weights: Any, cache: Any, attention: Sequence[Any], tensor: Any = None) -> Decoder | None:
     """The decoder of a model over a cache, or None where its shapes or dtype are not those of the decode kernels (float32, and head
     dims that are no multiple of 16): its steps then go layer by layer like a prefill of one token.
 
     Args:
         config: the ModelConfig; weights: its Weights; cache: the KVCache that the steps extend.
         attention: "dense" or a UniSparseConfig for each layer.
+        tensor: a Communicator of CuPy arrays among the ranks that share the model, where there are several; config, weights and
+            cache are then this rank's part, and so are the logits.
     """
     dtype = weights.embedding.dtype
     heads = (config.num_attention_heads, config.num_key_value_heads)
@@ -47,16 +49,17 @@ def new_decoder(config: Any, weights: Any, cache: Any, attention: Sequence[Any])
         problem = Problem(*heads, 1, cache.capacity, config.head_dim, choice if sparse else UniSparseConfig())
         if not can_decode(problem, dtype, sparse):
             return None
-    return Decoder(config, weights, cache, attention)
+    return Decoder(config, weights, cache, attention, tensor)
 
 
 class Decoder:
     """Reads one token after another into a cache; see `new_decoder`.
 
-    The first step launches its kernels one by one, which compiles them; the second records the graph.
+    The first step launches its kernels one by one, which compiles them; the second records the graph, exchanges of several ranks
+    included.
     """
 
-    def __init__(self, config: Any, weights: Any, cache: Any, attention: Sequence[Any]) -> None:
+    def __init__(self, config: Any, weights: Any, cache: Any, attention: Sequence[Any], tensor: Any = None) -> None:
         self._config, self._weights, self._cache, self._attention = config, weights, cache, list(attention)
         dtype, hidden, dim = weights.embedding.dtype, config.hidden_size, config.head_dim
         heads = (config.num_attention_heads, config.num_key_value_heads)
@@ -70,7 +73,9 @@ class Decoder:
         self._q = cupy.empty((heads[0], 1, dim), dtype)
         self._attended = cupy.empty((heads[0], dim), dtype)
         self._gated = cupy.empty((1, config.intermediate_size), dtype)
-        self._logits = cupy.empty(config.vocab_size, np.float32)
+        self._logits = cupy.empty(len(weights.head), np.float32)
+        self._tensor = None if tensor is None or tensor.size == 1 else tensor
+        self._summand = cupy.empty((1, hidden), dtype)  # this rank's of a product, where there are several
         self._set_step = kernel("layers.cu", "set_step", 0, **layers.element(dtype), WIDTH=hidden, THREADS=layers.threads_of_row(hidden))
         self._steps: list[LayerStep] = []
         self._running: list[Any] = []  # the layers' RunningKeySummary, None where dense
@@ -80,7 +85,10 @@ class Decoder:
         self._graph: Any = None
 
     def step(self, token_id: int) -> Any:
-        """Append one token to the cache -> its logits [vocab] float32 on the device, valid until the next step. Waits for nothing."""
+        """Append one token to the cache -> its logits [vocab] float32 on the device, valid until the next step. Waits for nothing.
+
+        On several ranks: the logits of this rank's rows of the vocabulary.
+        """
         if self._cache.length != self._length_expected:
             self._catch_up()
         self._set_step((1,), (1,), (self._token_and_position, np.int32(token_id), np.int32(self._cache.length)))
@@ -124,9 +132,9 @@ class Decoder:
         for step in self._steps:
             self._launch_attention(step, eps)
             weights = step.weights
-            norm, overlap = weights.post_attention_norm, self._overlap
-            gemv.norm_gemv_swiglu(weights.gate_up, self._x, norm, eps, weights.gate_up_bias, self._gated, overlap)
-            gemv.gemv_add(weights.down, self._gated, weights.down_bias, self._x, overlap)
+            norm = weights.post_attention_norm
+            gemv.norm_gemv_swiglu(weights.gate_up, self._x, norm, eps, weights.gate_up_bias, self._gated, self._overlap)
+            self._add_product(self._gated, weights.down, weights.down_bias)
         gemv.norm_gemv_float32(self._weights.head, self._x, self._weights.norm, eps, self._logits, self._overlap)
 
     def _launch_attention(self, step: LayerStep, eps: float) -> None:
@@ -136,4 +144,12 @@ class Decoder:
         outputs = (self._q, step.keys, step.values)
         layers.launch_rotation(self._qkv, self._table, norms, self._position, outputs, None, overlap=overlap)
         step.attention.launch(self._q[:, 0], step.keys, step.values, self._position, step.summary, self._attended)
-        gemv.gemv_add(weights.output, self._attended, weights.output_bias, self._x, overlap)
+        self._add_product(self._attended, weights.output, weights.output_bias)
+
+    def _add_product(self, y: Any, weight: Any, bias: Any) -> None:
+        """x += y W^T + b, of which each rank has a summand."""
+        if self._tensor is None:
+            gemv.gemv_add(weight, y, bias, self._x, self._overlap)
+        else:
+            gemv.gemv(weight, y, bias, self._summand)
+            layers.add(self._x, self._tensor.all_reduce(self._summand))
