@@ -11,6 +11,7 @@ import numpy as np
 
 from ...arrays import dtype_name, on_gpu
 from ...errors import InvalidInput
+from .device import capability
 
 
 def from_any(name: str, x: Any) -> Any:
@@ -18,6 +19,7 @@ def from_any(name: str, x: Any) -> Any:
     if isinstance(x, cupy.ndarray):
         return x
     if isinstance(x, np.ndarray):
+        capability()  # a missing device is one clear sentence
         return cupy.asarray(x)
     if not on_gpu(x):
         raise InvalidInput(

@@ -24,7 +24,9 @@ def capability() -> tuple[int, int]:
     try:
         return _capability(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise BackendUnavailable(f"CuPy finds no usable CUDA device ({error}): check nvidia-smi, or use backend='reference'") from error
+        old_driver = "InsufficientDriver" in str(error)  # also what CuPy finds where there is no driver at all
+        advice = "update the driver, or take the CuPy of an older CUDA (nvidia-smi names the newest)" if old_driver else "check nvidia-smi"
+        raise BackendUnavailable(f"CuPy finds no usable CUDA device ({error}): {advice}, or use backend='reference'") from error
 
 
 @lru_cache

@@ -1,0 +1,72 @@
+"""What the CuPy backend says where it cannot run: an old GPU, no device, an old driver, too little memory."""
+
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from tests.emulator import cupy_on_cpu
+from unisparse_np import BackendUnavailable, Problem, unisparse_attention
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
+
+PROBLEM = Problem(2, 1, 4096, 4096, 64)
+
+
+def arrays(problem):
+    asarray = sys.modules["cupy"].asarray
+    shapes = ((problem.num_q_heads, problem.q_len), *2 * [(problem.num_kv_heads, problem.k_len)])
+    return [asarray(np.zeros((*shape, problem.head_dim), np.float16)) for shape in shapes]
+
+
+def test_a_gpu_that_is_too_old():
+    with (
+        cupy_on_cpu.installed("75") as backend,
+        pytest.raises(BackendUnavailable, match=r"compute capability 7\.5 and the kernels need 8\.0"),
+    ):
+        backend.run_sparse(*arrays(PROBLEM), PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("cudaErrorNoDevice: no CUDA-capable device is detected", "check nvidia-smi"),
+        ("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version", "update the driver"),
+    ],
+)
+def test_no_device_and_a_driver_older_than_cupys_cuda(error, advice):
+    def fail():
+        raise sys.modules["cupy"].cuda.runtime.CUDARuntimeError(error)
+
+    x = np.zeros((1, 10, 64), np.float16)
+    with cupy_on_cpu.installed("90"):
+        sys.modules["cupy"].cuda.runtime.getDevice = fail
+        with pytest.raises(BackendUnavailable, match=advice) as found:
+            unisparse_attention(x, x, x, backend="cupy")
+        assert error in str(found.value)
+
+
+def test_a_driver_without_tensor_maps():
+    with cupy_on_cpu.installed("90") as backend:
+        device = sys.modules["unisparse_np.gpu.cupy_kernels.device"]
+        device.driver = lambda: types.SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 801)
+        with pytest.raises(BackendUnavailable, match="CUresult 801: the driver may be older than CUDA 12, update it"):
+            backend.run_dense(*arrays(PROBLEM), PROBLEM)
+
+
+def test_memory_that_does_not_suffice_names_the_bytes_and_a_chunk_that_fits():
+    def alloc(size):
+        raise sys.modules["cupy"].cuda.memory.OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
+
+    with cupy_on_cpu.installed("80") as backend:
+        cuda = sys.modules["cupy"].cuda
+        inputs = arrays(PROBLEM)
+        cuda.alloc = alloc
+        cuda.runtime.memGetInfo = lambda: (1 << 20, 1 << 34)
+        for run in (backend.run_sparse, backend.run_dense):
+            with pytest.raises(BackendUnavailable, match=r"allocating [\d,]+ bytes.*chunks of (\d+) tokens") as found:
+                run(*inputs, PROBLEM)
+            chunk = int(str(found.value).split("chunks of ")[1].split()[0])
+            assert 128 <= chunk < 4096 and chunk % 128 == 0
