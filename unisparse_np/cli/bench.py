@@ -41,11 +41,13 @@ _run_options = in_section(
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of one length. selection: steps 1-5; attention: step 6; whole: both as run_sparse fuses them; first: the first whole call."""
+    """Seconds of one length. selection: steps 1-5; attention: step 6; whole: both as run_sparse fuses them; first: the first whole call,
+    and compiling: what of it made kernels ready."""
 
     length: int
     density: float
     first: float
+    compiling: float
     selection: float
     attention: float
     whole: float
@@ -101,7 +103,10 @@ def measure(problem: Problem, engine: Any, dtype: np.dtype, repeats: int) -> Row
     def select() -> Any:
         return engine.select_blocks(*score_blocks(q, k, problem, engine), problem)
 
+    compile_seconds = getattr(engine, "compile_seconds", lambda: 0.0)
+    compiled_before = compile_seconds()
     first = seconds(lambda: engine.run_sparse(q, k, v, problem)[0], engine)
+    compiling = compile_seconds() - compiled_before
     mask, trace = select(), engine.run_sparse(q, k, v, problem)[1]
     kinds: dict[str, Callable[[], Any]] = {
         "selection": select,
@@ -112,7 +117,7 @@ def measure(problem: Problem, engine: Any, dtype: np.dtype, repeats: int) -> Row
     for run in kinds.values():
         seconds(run, engine)  # compiles, and fills caches
     times = {kind: statistics.median(seconds(run, engine) for _ in range(repeats)) for kind, run in kinds.items()}
-    return Row(problem.k_len, trace.density, first, **times)
+    return Row(problem.k_len, trace.density, first, compiling, **times)
 
 
 def seconds(run: Callable[[], Any], engine: Any) -> float:
@@ -124,10 +129,13 @@ def seconds(run: Callable[[], Any], engine: Any) -> float:
 
 def heading() -> str:
     """The table's first line; times in milliseconds."""
-    return f"{'L':>8} {'density':>8} {'selection':>10} {'attention':>10} {'whole':>10} {'dense':>10} {'speedup':>8} {'first call':>11}"
+    columns = ("selection", "attention", "whole", "dense")
+    return (
+        f"{'L':>8} {'density':>8}" + "".join(f" {name:>10}" for name in columns) + f" {'speedup':>8} {'first call':>11} {'compiling':>10}"
+    )
 
 
 def as_line(row: Row) -> str:
     """One length's line of the table."""
     columns = f"{1e3 * row.selection:10.2f} {1e3 * row.attention:10.2f} {1e3 * row.whole:10.2f} {1e3 * row.dense:10.2f}"
-    return f"{row.length:8d} {row.density:8.3f} {columns} {row.dense / row.whole:7.2f}x {1e3 * row.first:11.0f}"
+    return f"{row.length:8d} {row.density:8.3f} {columns} {row.dense / row.whole:7.2f}x {1e3 * row.first:11.0f} {1e3 * row.compiling:10.0f}"

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
+from ..attention import load_backend
+from ..errors import BackendUnavailable
 from ..parallel import world
+from ..problem import Problem
 from ..version import __version__
 
 _LIBRARIES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "click", "threadpoolctl")
@@ -49,7 +53,8 @@ def collect() -> dict[str, Any]:
         "blas": blas(),
         "cpu": {"name": cpu_name(), "cores": usable_cores()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": gpus(),
+        "gpus": (found := gpus()),
+        "gpu_kernels": gpu_kernels() if found else None,
         "optional": {
             purpose: {"version": next(filter(None, map(_version, names)), None), "install": install}
             for purpose, (names, install) in _OPTIONAL.items()
@@ -71,6 +76,8 @@ def as_text(facts: dict[str, Any]) -> str:
             for gpu in facts["gpus"]
         ),
     ]
+    if facts["gpu_kernels"]:
+        rows.append(("GPU kernels", facts["gpu_kernels"]["missing"] or as_ready(facts["gpu_kernels"])))
     if not facts["gpus"]:
         rows.append(("GPU", "none found (nvidia-smi lists none): the reference backend, NumPy, runs without one"))
     if len(facts["ranks"]) > 1:
@@ -83,6 +90,23 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_kernels() -> dict[str, Any]:
+    """A small call of the cupy backend: which kernel ran and how long making the kernels ready took, or what is missing."""
+    problem = Problem(2, 1, q_len=256, k_len=256, head_dim=64)
+    try:
+        engine = load_backend("cupy")
+        q, k = (engine.from_any("q", np.zeros((heads, 256, 64), np.float16)) for heads in (2, 1))
+        kernel = engine.run_sparse(q, k, k, problem)[1].kernel
+    except BackendUnavailable as error:
+        return {"missing": str(error), "kernel": None, "ready_seconds": None}
+    return {"missing": None, "kernel": kernel, "ready_seconds": engine.compile_seconds()}
+
+
+def as_ready(kernels: dict[str, Any]) -> str:
+    """The same in words."""
+    return f"{kernels['kernel']} ran; made ready in {kernels['ready_seconds']:.2f} s (compiled once, then kept by CuPy)"
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -92,7 +116,6 @@ def _version(distribution: str) -> str | None:
 
 def blas() -> list[dict[str, Any]]:
     """The libraries that compute NumPy's matrix products, with their thread counts."""
-    import numpy  # noqa: F401  (its BLAS shows up only once it is loaded)
     from threadpoolctl import threadpool_info
 
     return [
