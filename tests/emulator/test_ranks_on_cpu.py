@@ -19,7 +19,7 @@ from unisparse_np.model.weights import load_weights
 from unisparse_np.parallel import ONE_PROCESS, Ranks, Single
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
-CASE = load_case("qwen3_bias_head_dim_transformers5")
+CASE = load_case("qwen2_transformers5")  # without a norm of k, which makes anchors near ties that rounding decides
 CONFIG = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
 TOKENS = 70
 
@@ -43,7 +43,6 @@ class OneOfTwo:
         return np.stack([x, x])
 
 
-@pytest.mark.slow
 def test_recorded_steps_of_a_rank_are_those_taken_layer_by_layer(engine, tmp_path):
     raw = CASE.config | {"head_dim": 64, "layer_types": None}
     shapes = {name: list(slot.shape) for name, slot in expected_tensors(ModelConfig.from_dict(raw)).items()}
