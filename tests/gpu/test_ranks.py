@@ -15,7 +15,7 @@ from tests.parallel.model_cases import open_model
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import attend, load_backend
 from unisparse_np.model.context_split import ContextSplit
-from unisparse_np.parallel import ONE_PROCESS, Single
+from unisparse_np.parallel import ONE_PROCESS, Ranks, Single
 
 pytestmark = pytest.mark.gpu
 TOKENS = 1500
@@ -46,6 +46,33 @@ def results(ranks, dtype, attention):
     logits = model.logits(token_ids, attention, chunk_size=1024, cache=cache)
     step = model.step(5, cache, attention)
     return np.concatenate([logits, step[None]]), model.layer_densities(cache)
+
+
+class SilentOther(ThroughNccl):
+    """The first of two ranks whose other adds nothing: NCCL with one rank does the same in a recorded graph and outside."""
+
+    def __init__(self):
+        super().__init__(Single())
+        self.size = 2
+
+    def all_gather(self, x):
+        gathered = self._nccl.all_gather(x)  # [1, ...]
+        return gathered.repeat(2, axis=0)
+
+
+def test_exchanges_are_recorded_with_the_decode_step(cupy):
+    found = []
+    for recorded in (True, False):
+        model = open_model(None, "needle-llama", Ranks(Single(), SilentOther(), Single()), "cupy", "bfloat16")
+        if not recorded:
+            model._new_decoder = None
+        cache = model.new_cache(TOKENS + 8, "dense")
+        model.prefill(np.arange(TOKENS) % 1000, cache, "dense")
+        found.append(np.stack([model.step(token_id, cache, "dense") for token_id in range(8)]))
+        if recorded:
+            assert all(decoder._graph is not None for decoder in cache.decoders.values()) and cache.decoders
+    assert found[0].shape == (8, model.config.vocab_size)
+    assert np.abs(found[0] - found[1]).max() <= 3e-2 * np.abs(found[1]).max()
 
 
 @pytest.mark.parametrize(("dtype", "attention", "bound"), [("float32", SPARSE, 1e-3), ("bfloat16", "dense", 5e-2)])
