@@ -186,6 +186,23 @@ def prefill_table(one: OneGpu, density: float | None) -> list[str]:
     return lines
 
 
+def checks(one: OneGpu) -> list[str]:
+    """The model beside whole prefills that were measured on one GPU; nothing where there are none yet."""
+    lines = []
+    for path in sorted(MEASURED.parent.glob("llama_gpu_*h100*.json")):
+        rows = [row for row in json.loads(path.read_text())["rows"] if (row["work"], row["kernel"]) == ("prefill", "ours")]
+        for row in rows:
+            if row["tokens"] == MEASURED_LENGTH and "seconds" in row:
+                density = row.get("given_density")
+                predicted = SHAPES[0].layers * compute_seconds(one, SHAPES[0], row["tokens"], density, Grid(1, 1))
+                name = "dense" if density is None else f"{density:.0%} density"
+                lines.append(
+                    f"| 8B 128K, {name} | {predicted:.2f} s | {row['seconds']:.2f} s | [{path.name}](../benchmarks/results/{path.name}) |"
+                )
+    header = ["", "A whole prefill on one GPU:", "", "| | by the model | measured | |", "| --- | --- | --- | --- |"]
+    return header + lines if lines else []
+
+
 def tables() -> str:
     """Everything between the page's markers."""
     one = OneGpu.from_results(json.loads(MEASURED.read_text()))
@@ -207,6 +224,7 @@ def tables() -> str:
             "The same, dense:",
             "",
             *prefill_table(one, None),
+            *checks(one),
         ]
     )
 
