@@ -11,7 +11,8 @@ pytestmark = pytest.mark.gpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROUNDING = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a result, relative: half a step, and the sums before it
-DTYPES = pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)], ids=lambda x: x.name)
+OTHERS = (np.dtype(np.float16), np.dtype(np.float32))
+DTYPES = pytest.mark.parametrize("dtype", [BFLOAT16, *OTHERS], ids=lambda x: x.name)
 
 
 def engine():
@@ -71,9 +72,12 @@ def test_products(cupy, dtype, tokens, inner, rows):
         np.testing.assert_array_equal(x.get(), again.get())
 
 
-@DTYPES
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [*((BFLOAT16, dim) for dim in (6, 16, 32, 64, 80, 96, 100, 128, 256)), *((d, dim) for d in OTHERS for dim in (16, 100, 128))],
+    ids=lambda x: getattr(x, "name", x),
+)
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("dim", [6, 16, 32, 64, 80, 96, 100, 128, 256])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "tokens", "start"), [(4, 4, 1, 1000), (6, 2, 203, 131000), (8, 1, 517, 0)])
 def test_rotate_heads(cupy, dtype, normed, dim, q_heads, kv_heads, tokens, start):
     layers = engine().layers
@@ -99,7 +103,7 @@ def test_rotate_heads(cupy, dtype, normed, dim, q_heads, kv_heads, tokens, start
 
 def configs():
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(30):
         size = int(rng.choice([64, 128, 256]))
         group, kv_heads = [(1, 1), (2, 1), (1, 3), (4, 2), (3, 2), (4, 8)][rng.integers(6)]
         heads = group * kv_heads
@@ -112,9 +116,9 @@ def configs():
 @pytest.mark.parametrize(
     "case", configs(), ids=lambda x: f"{x[0].block_size}-{x[0].q_compress}-{x[0].k_compress}-{x[0].head_compress}-d{x[3]}"
 )
-@pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float16)], ids=lambda x: x.name)
-def test_pooling_is_that_of_compress_to_the_bit(cupy, case, dtype):
+def test_pooling_is_that_of_compress_to_the_bit(cupy, case):
     config, q_heads, kv_heads, dim, tokens, earlier_blocks = case
+    dtype = OTHERS[0] if tokens % 4 == 0 else BFLOAT16
     backend = engine()
     start = earlier_blocks * config.block_size
     shape = (config, q_heads, kv_heads, dim, start + tokens + 64, dtype)
