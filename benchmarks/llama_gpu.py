@@ -115,7 +115,8 @@ def ours_rows(only: set[str], longest: int) -> list[dict[str, Any]]:
             rows.append(prefill_row(model, tokens, "dense", None, times))
         for density in DENSITIES:
             rows.append(prefill_row(model, max(PREFILL), UniSparseConfig(), density, 1))
-        if longest > 131072:
+        rows.append(profile_row(model, max(PREFILL), DENSITIES[1]))
+        if longest > max(PREFILL):
             rows.append(prefill_row(model, longest, UniSparseConfig(), DENSITIES[-1], 0))
     if "decode" in only:
         rows += [read_floor(cupy)]
@@ -200,6 +201,40 @@ def prefill_row(model: Any, tokens: int, attention: Any, density: float | None, 
     row = {"work": "prefill", "tokens": tokens, "kernel": "ours", "seconds": seconds, "peak_bytes": peak}
     row |= {"given_density": density, "density": float(np.mean(densities))}
     return show(row)
+
+
+def profile_row(model: Any, tokens: int, density: float) -> dict[str, Any]:
+    """Where a sparse prefill's time goes, and how long each part would take at the card's ceilings."""
+    from benchmarks.device_times import DeviceTimes, matrix_ceiling
+    from unisparse_np import UniSparseConfig
+    from unisparse_np.gpu.cupy_kernels import layers, run
+
+    config, attention = model.config, UniSparseConfig()
+    between = ("embedding", "rms_norm", "rotary_table", "rotate_heads", "swiglu")
+    functions = {
+        "products": [(layers, "linear"), (layers, "add_linear"), (layers, "head")],
+        "attention": [(run, "attend")],
+        "norms, rotary and pooling, swiglu": [(layers, name) for name in between],
+    }
+    cache = model.new_cache(tokens, attention)
+    with GivenDensity(density):
+        functions["selection"] = [(run, "_select")]  # the real one, its mask replaced
+        model.prefill(prompt_of(8192).tolist(), model.new_cache(8192, attention), attention)
+        with DeviceTimes(functions) as times:
+            begin = time.perf_counter()
+            model.prefill(prompt_of(tokens).tolist(), cache, attention)
+            whole = time.perf_counter() - begin
+        parts = times.seconds()
+    parts["everything else, idle time included"] = whole - sum(parts.values())
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    per_layer = hidden * ((2 * heads + 2 * config.num_key_value_heads) * config.head_dim + 3 * config.intermediate_size)
+    flop = {
+        "products": 2.0 * tokens * per_layer * config.num_hidden_layers,
+        "attention": density * 2.0 * tokens**2 * config.head_dim * heads * config.num_hidden_layers,
+    }
+    rate = matrix_ceiling()
+    row = {"work": "profile", "tokens": tokens, "kernel": "ours", "given_density": density, "seconds": whole, "parts": parts}
+    return show(row | {"ceiling_seconds": {kind: value / rate for kind, value in flop.items()}, "matrix_flop_per_second": rate})
 
 
 def decode_row(model: Any, tokens: int, attention: Any) -> dict[str, Any]:
