@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import platform
 import sys
 import time
@@ -86,12 +87,15 @@ class Mpi:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, pickled."""
-        return self._mpi.bcast(value, root=0)
+        return self.gather_values(value if self.rank == 0 else None)[0]
 
     def gather_values(self, value: Any) -> list[Any]:
-        """Every rank's value, in order of rank; small Python objects."""
-        values: list[Any] = self._mpi.allgather(value)
-        return values
+        """Every rank's value, in order of rank; small Python objects, which wait as arrays do."""
+        own = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        sizes = self.all_gather(np.array([len(own)]))[:, 0]
+        padded = np.zeros(sizes.max(), dtype=np.uint8)
+        padded[: len(own)] = own
+        return [pickle.loads(data[:size]) for data, size in zip(self.all_gather(padded), sizes, strict=True)]
 
     def split(self, color: int) -> Mpi:
         """The ranks that give the same color, in the order they have here."""

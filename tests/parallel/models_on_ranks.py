@@ -14,7 +14,7 @@ for name, case in CASES.items():
     for tensor, context in grids(name, everyone.size):
         found = results(open_model(folder, case.model, arrange(everyone, context, load_backend("reference"))), case)
         for key, value in found.items():
-            for other in everyone.gather_values(value):
+            for other in everyone.all_gather(value) if everyone.size > 1 else []:
                 np.testing.assert_array_equal(other, value, err_msg=f"{name}, {tensor} x {context}: {key} differs between ranks")
         if everyone.rank == 0:
             np.savez(folder / f"{name} {tensor}x{context}.npz", **found)
