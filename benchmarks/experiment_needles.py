@@ -43,13 +43,9 @@ def measure_copy(options: argparse.Namespace) -> list[Row]:
 
 
 def copy_panels(rows: list[Row]) -> list[Panel]:
+    shown = {"nll_over_dense": "NLL of a quotation over dense, nats per token", "right_in_a_row": "tokens right in a row, of 32"}
     sparse = [row for row in rows if row["config"] != "dense"]
-    names = tuple(row["config"] for row in sparse)
-    shown = {"nll_over_dense": "NLL of a quotation over dense, nats per token", "exact": "quotations right in every token"}
-    return [
-        Panel("density", label, {"SmolLM2": ([row["density"] for row in sparse], [row[key] for row in sparse])}, names=names, joined=False)
-        for key, label in shown.items()
-    ]
+    return [Panel("density", label, by_line(sparse, "config", "density", key)) for key, label in shown.items()]
 
 
 def measure_depth(options: argparse.Namespace) -> list[Row]:

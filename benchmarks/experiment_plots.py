@@ -21,7 +21,6 @@ class Panel:
     lines: dict[str, tuple[list[float], list[float]]]
     log: str = ""  # of "x", "y", "xy"
     names: tuple[str, ...] = ()
-    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def draw(panels: list[Panel], path: Path) -> Path:
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
     for colour, (label, (x, y)) in zip(COLOURS, panel.lines.items(), strict=False):
-        axes.plot(x, y, marker="o", markersize=4, color=colour, label=label, linestyle="-" if panel.joined else "")
+        axes.plot(x, y, marker="o", markersize=4, color=colour, label=label)
     for name, x, y in zip(panel.names, *next(iter(panel.lines.values())), strict=False):
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xlabel=panel.x, ylabel=panel.y)

@@ -1,0 +1,59 @@
+"""What the quality benchmarks measure by, against the same figures from whole logits; and every picture from rows alone."""
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unisparse_np import UniSparseConfig
+from unisparse_np.evaluation.divergence import divergence
+
+from .small_model import TEXT, small_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(str(BENCHMARKS))]:
+        del sys.modules[name]
+
+
+def test_window_measures_what_whole_logits_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = import_module("losses")
+    monkeypatch.setattr(losses, "ROWS_AT_ONCE", 32)
+    model, tokenizer = small_model()
+    token_ids = tokenizer.encode(TEXT)[:256]
+    config = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.5)
+    window = losses.Window(model, token_ids)
+    loss = window.loss(config)
+    dense, sparse = (model.logits(token_ids[:-1], attention)[128:] for attention in ("dense", config))
+    expected = divergence(dense, sparse, np.array(token_ids[129:]))
+    assert loss["kl"] == pytest.approx(expected.kl.mean(), abs=1e-6) and loss["kl"] > 1e-3
+    assert loss["top1"] == expected.top1.mean()
+    assert loss["nll_rise"] == pytest.approx((expected.nll - expected.dense_nll).mean(), abs=1e-5)
+    assert 0 < loss["density"] < 1
+    assert window.loss("dense")["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_experiments_draw_their_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    experiments, plots = import_module("experiments"), import_module("experiment_plots")
+    rows = [{"model": "SmolLM2", "c": str(c), "kl": 0.1 / c, "density": 0.2, "selection_ms": 1.0 / c} for c in (4, 8)]
+    rows += [{"model": "needle-llama", "c": str(c), "share_of_dense": 0.9, "density": 0.3} for c in (4, 8)]
+    panels = experiments.EXPERIMENTS["composite-size"].panels(rows)
+    assert [panel.names for panel in panels] == [("c 4", "c 8")] * 3
+    assert panels[0].lines["SmolLM2"] == ([0.25, 0.125], [0.025, 0.0125])
+    assert plots.draw(panels, tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_questions_are_the_same_every_time() -> None:
+    losses = import_module("losses")
+    first, second = ([(task, [int(t) for t in example[0]]) for task, example in losses.questions(512, 3)] for _ in range(2))
+    assert first == second and [task for task, _ in first] == losses.needle_tasks().TASKS[:3]
+    assert all(len(token_ids) <= 512 for _, token_ids in first)
