@@ -90,8 +90,9 @@ def attention_kernel(real: type, head_dim: int) -> Any:
     DIMS = ceil_div(head_dim, THREADS)  # of the output, owned by one thread
     WIDTH = DIMS * THREADS
     ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + 1), (SLICE, TILE_KEYS + 1), (TILE_ROWS, TILE_KEYS + 1)  # padded: tile.py
+    ROWS_HELD, KEYS_HELD = (ROWS, SLICE // THREADS), (KEYS, SLICE // THREADS)
     LOWEST, ZERO = real(-math.inf), real(0)
-    load_slice, add_products = slice_loader(tile), product_adder(tile)
+    (fetch_slice, keep_slice), add_products = slice_loader(tile), product_adder(tile)
 
     @cuda.jit
     def attention(q, k, v, kept_blocks, kept_anchors, counts, group_size, block_size, first_position, scale, out, lse):
@@ -113,6 +114,8 @@ def attention_kernel(real: type, head_dim: int) -> Any:
         v_slice = cuda.shared.array((VALUE_KEYS, WIDTH), real)
         weights = cuda.shared.array(SQUARE, real)
         of_threads = cuda.shared.array((TILE_ROWS, THREADS), real)  # one number of each thread of a row
+        q_held = cuda.local.array(ROWS_HELD, real)  # on the way from memory to q_slice
+        k_held = cuda.local.array(KEYS_HELD, real)
         scores = cuda.local.array((ROWS, KEYS), real)
         part = cuda.local.array((ROWS, KEYS), real)  # scratch
         sums = cuda.local.array((ROWS, DIMS), real)  # out, before it is divided by total
@@ -151,11 +154,13 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                 for n in range(KEYS):
                     scores[m, n] = 0
             for start in range(0, head_dim, SLICE):
-                load_slice(q_slice, queries, query_rows, start, head_dim, ty, tx)
-                load_slice(k_slice, keys, positions, start, head_dim, ty, tx)
+                fetch_slice(q_held, queries, query_rows, start, head_dim, ty, tx)
+                fetch_slice(k_held, keys, positions, start, head_dim, ty, tx)
+                cuda.syncthreads()  # the last slice is used up
+                keep_slice(q_slice, q_held, ty, tx)
+                keep_slice(k_slice, k_held, ty, tx)
                 cuda.syncthreads()
                 add_products(scores, part, q_slice, k_slice, ty, tx)
-                cuda.syncthreads()
             for m in range(ROWS):
                 for n in range(KEYS):
                     scores[m, n] *= real(scale)

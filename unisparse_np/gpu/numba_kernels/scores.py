@@ -59,20 +59,25 @@ def score_kernel(real: type) -> Any:
     TILE_ROWS, TILE_KEYS = THREADS * ROWS, THREADS * KEYS
     NUM_THREADS = THREADS * THREADS
     ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + 1), (SLICE, TILE_KEYS + 1), (TILE_ROWS, TILE_KEYS + 1)  # padded: tile.py
+    ROWS_HELD, KEYS_HELD = (ROWS, SLICE // THREADS), (KEYS, SLICE // THREADS)
     LOWEST, ZERO = real(-math.inf), real(0)
-    load_slice, add_products = slice_loader(tile), product_adder(tile)
+    (fetch_slice, keep_slice), add_products = slice_loader(tile), product_adder(tile)
 
     @cuda.jit(device=True)
     def tile_logits(logits, part, queries, keys, query_rows, key_rows, q_slice, k_slice, scale, ty, tx):
         """logits [ROWS, KEYS] of thread (ty, tx) = scale * Q~ K~^T for the rows and keys listed."""
         head_dim = queries.shape[1]
+        q_held = cuda.local.array(ROWS_HELD, real)  # on the way from memory to q_slice
+        k_held = cuda.local.array(KEYS_HELD, real)
         for m in range(ROWS):
             for n in range(KEYS):
                 logits[m, n] = 0
         for start in range(0, head_dim, SLICE):
             cuda.syncthreads()  # the lists are written, the last slice is used up
-            load_slice(q_slice, queries, query_rows, start, head_dim, ty, tx)
-            load_slice(k_slice, keys, key_rows, start, head_dim, ty, tx)
+            fetch_slice(q_held, queries, query_rows, start, head_dim, ty, tx)
+            fetch_slice(k_held, keys, key_rows, start, head_dim, ty, tx)
+            keep_slice(q_slice, q_held, ty, tx)
+            keep_slice(k_slice, k_held, ty, tx)
             cuda.syncthreads()
             add_products(logits, part, q_slice, k_slice, ty, tx)
         for m in range(ROWS):

@@ -55,27 +55,34 @@ def score_tile(real: type) -> Tile:
 
 @cache
 def slice_loader(tile: Tile) -> Any:
-    """Device function: target[dim, n] = source[positions[n], start + dim], 0 where there is none.
+    """Device functions that bring SLICE dims of some rows of an array into shared memory, in two steps.
 
-    Thread (ty, tx) loads positions ty, ty + THREADS, ... and dims tx, tx + THREADS, ...: neighbouring threads read
-    neighbouring dims, and no thread has to divide to find its share.
+    fetch_slice: held[m, d] = source[positions[ty + m * THREADS], start + tx + d * THREADS], 0 where there is none. All of a
+    thread's loads are under way before the first of them is waited for. Neighbouring threads read neighbouring dims.
+    keep_slice: the same numbers to their places, target [SLICE, rows].
     """
     THREADS, DIMS = tile.threads, tile.slice // tile.threads
 
     @cuda.jit(device=True)
-    def load_slice(target, source, positions, start, head_dim, ty, tx):
+    def fetch_slice(held, source, positions, start, head_dim, ty, tx):
         for m in range(positions.size // THREADS):
-            n = ty + m * THREADS
-            exists = positions[n] >= 0
-            row = source[np.uint32(positions[n]) if exists else np.uint32(0)]
+            position = positions[ty + m * THREADS]
+            exists = position >= 0
+            row = source[np.uint32(position) if exists else np.uint32(0)]
             for d in range(DIMS):
                 dim = np.uint32(start) + tx + d * THREADS
                 if exists and dim < head_dim:
-                    target[tx + d * THREADS, n] = row[dim]
+                    held[m, d] = row[dim]
                 else:
-                    target[tx + d * THREADS, n] = 0
+                    held[m, d] = 0
 
-    return load_slice
+    @cuda.jit(device=True)
+    def keep_slice(target, held, ty, tx):
+        for m in range(held.shape[0]):
+            for d in range(DIMS):
+                target[tx + d * THREADS, ty + m * THREADS] = held[m, d]
+
+    return fetch_slice, keep_slice
 
 
 @cache
@@ -93,11 +100,10 @@ def product_adder(tile: Tile) -> Any:
                 part[m, n] = 0
         dim = 0
         while dim < SLICE:  # not range: through it the compiler loses sight of dim >= 0 and works out every address anew
-            for step in range(2):
-                for m in range(ROWS):
-                    for n in range(KEYS):  # these three are unrolled, and each row and key is read once
-                        part[m, n] += row_slice[dim + step, ty + m * THREADS] * key_slice[dim + step, tx + n * THREADS]
-            dim += 2
+            for m in range(ROWS):
+                for n in range(KEYS):  # both are unrolled, and each row and key is read once
+                    part[m, n] += row_slice[dim, ty + m * THREADS] * key_slice[dim, tx + n * THREADS]
+            dim += 1
         for m in range(ROWS):
             for n in range(KEYS):
                 sums[m, n] += part[m, n]
