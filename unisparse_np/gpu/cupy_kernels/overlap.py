@@ -18,6 +18,7 @@ from .device import capability, driver
 from .launch import Launcher
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+OLDEST_DRIVER = 12030  # CUDA 12.3: the first whose graphs keep such launches
 
 
 class _Attribute(ctypes.Structure):
@@ -59,8 +60,9 @@ def argument(x: Any) -> Any:
 
 
 def overlap_is_possible() -> bool:
-    """Whether the device can start a launch before the one before it has ended."""
-    return capability() >= (9, 0) and hasattr(driver(), "cuLaunchKernelEx")
+    """Whether the device can start a launch before the one before it has ended, and the driver can put that into a graph."""
+    able = capability() >= (9, 0) and hasattr(driver(), "cuLaunchKernelEx")
+    return able and cupy.cuda.runtime.driverGetVersion() >= OLDEST_DRIVER
 
 
 @lru_cache
