@@ -160,7 +160,7 @@ def test_poison_a_query_may_not_see_does_not_reach_it(dense):
 PLANTED = {
     "a key too many is visible": ("decode_attention.cu", "position[k] <= rows.last[n][e]", "position[k] <= rows.last[n][e] + 1"),
     "another head's blocks": ("decode_work.cuh", "TILE + lane, (uint32_t)entry.y}", "TILE + lane, 0xffffffffu}"),
-    "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~rows_that_selected", "key.rows = rows_that_selected"),
+    "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~mask.rows_that_selected", "key.rows = mask.rows_that_selected"),
     "a split is left out": (
         "decode_attention.cu",
         "i = warp; i < count; i += WARPS) {\n    const float4*",

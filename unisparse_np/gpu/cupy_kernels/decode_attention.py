@@ -28,8 +28,9 @@ NULL = np.uint64(0)
 
 
 def splits_keys(problem: Problem, dtype: Any) -> bool:
-    """Whether these kernels take the problem: at most 16 queries in 16 bits, head_dim and block_size multiples of 16."""
-    whole_tiles = problem.head_dim % 16 == 0 and problem.head_dim <= MAX_HEAD_DIM and problem.config.block_size % TILE == 0
+    """Whether these kernels take the problem: at most 16 queries in 16 bits, head_dim a multiple of 16, block_size a power of two."""
+    size, dim = problem.config.block_size, problem.head_dim
+    whole_tiles = dim % 16 == 0 and dim <= MAX_HEAD_DIM and size >= TILE and size & (size - 1) == 0
     return problem.q_len <= FEW_QUERIES and whole_tiles and dtype in (np.float16, ml_dtypes.bfloat16)
 
 

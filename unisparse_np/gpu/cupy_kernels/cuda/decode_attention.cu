@@ -76,13 +76,13 @@ DEVICE void load_values(ValueTile& tile, const Cache& values, Key key) {
 }
 
 // The group's query rows to shared memory, as piece_of_rows has them; those that do not exist are zero.
-DEVICE void stage_rows(uint32_t to, const uint16_t* queries, int64_t head_stride, int64_t row_stride, const Shape& shape, const Group& group) {
+DEVICE void stage_rows(uint32_t to, const uint16_t* queries, int64_t head_stride, int64_t row_stride, const Group& group) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   for (int e = warp; e < ROW_TILES * KEY_PIECES; e += WARPS) {
     const int row = e / KEY_PIECES * 8 + (lane >> 2), column = e % KEY_PIECES * 32 + 8 * (lane & 3);
     int4 piece = make_int4(0, 0, 0, 0);
     if (row < group.count && column < HEAD_DIM)
-      piece = load_once(queries + group.head(shape, row) * head_stride + group.query(shape, row) * row_stride + column);
+      piece = load_once(queries + group.head(row) * head_stride + group.query(row) * row_stride + column);
     store_shared(piece_of_rows(to + e / KEY_PIECES * ROWS_BYTES, e % KEY_PIECES), piece);
   }
 }
@@ -177,22 +177,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
     shape.q_offset = *position;
     shape.k_len = shape.q_offset + shape.q_len;
   }
-  const int visible_keys = shape.causal ? shape.q_offset + shape.q_len : shape.k_len, visible = ceil_div(visible_keys, shape.block_size);
-  const int tiles_per_block = shape.block_size / TILE, anchor_tiles = words ? ceil_div(visible * shape.key_anchors, TILE) : 0;
-  count_tiles(tiles_of_group, groups, words ? anchor_tiles : ceil_div(visible_keys, TILE), words, shape, visible);
+  const int visible_keys = shape.causal ? shape.q_offset + shape.q_len : shape.k_len;
+  const BlockMask mask = {words, shape.words_per_row, shape.heads_per_mask, ceil_div(visible_keys, shape.block_size)};
+  const int anchor_tiles = words ? ceil_div(mask.visible * shape.key_anchors, TILE) : 0, tile_bits = 31 - __clz(shape.block_size / TILE);
+  count_tiles(tiles_of_group, groups, words ? anchor_tiles : ceil_div(visible_keys, TILE), mask, shape);
   const Share share = deal(tiles_of_group, groups);
   if (share.group < 0) return;
   const Group group(shape, share.group);
   const Part selected(tiles_of_group[share.group] - anchor_tiles, share);
-  const int first_block = selected.start / tiles_per_block, last_block = (selected.stop - 1) / tiles_per_block;
+  const int first_block = selected.start >> tile_bits, last_block = (selected.stop - 1) >> tile_bits;
   const int listed = words && selected.start < selected.stop ? last_block - first_block + 1 : 0;
-  if (listed && warp == 0) list_blocks(list, first_block, last_block, words, shape, group, visible);
+  if (listed && warp == 0) list_blocks(list, first_block, last_block, mask, group);
   __syncthreads();
-  for (int i = threadIdx.x; i < listed; i += THREADS) list[i].y = (int)rows_that_selected(words, shape, group, list[i].x, visible);
+  for (int i = threadIdx.x; i < listed; i += THREADS) list[i].y = (int)mask.rows_that_selected(group, list[i].x);
   __syncthreads();
 
   const int* anchors_here = anchors + (int64_t)group.kv_head * shape.num_k_blocks * shape.key_anchors;
-  const KeyWalk tiles = {shape, group, words, anchors_here, list, selected, Part(anchor_tiles, share), visible_keys, visible};
+  const KeyWalk tiles = {mask, group, anchors_here, list, selected, Part(anchor_tiles, share), visible_keys, shape.key_anchors, tile_bits};
   const Cache k_cache = {keys + group.kv_head * k_head_stride, k_row_stride}, v_cache = {values + group.kv_head * v_head_stride, v_row_stride};
   const int count = tiles.count();
   KeyTile k;
@@ -203,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
     load_keys(k, k_cache, next);
     load_values(v, v_cache, next);
   }
-  stage_rows(q_rows, queries, q_head_stride, q_row_stride, shape, group);
+  stage_rows(q_rows, queries, q_head_stride, q_row_stride, group);
   Rows rows;
   float o[ROW_TILES][VALUE_PIECES][4][4];
 #pragma unroll
@@ -211,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * n + 2 * t + e;
-      rows.last[n][e] = row < group.count ? last_visible_key(shape, group.query(shape, row)) : -1;
+      rows.last[n][e] = row < group.count ? last_visible_key(shape, group.query(row)) : -1;
       rows.max[n][e] = -INFINITY_F;
       rows.sum[n][e] = 0.f;
     }
@@ -264,25 +265,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   __syncthreads();
   merge_warps(found + (int64_t)blockIdx.x * ROWS * HEAD_DIM, statistics + blockIdx.x * ROWS, outputs, warp_statistics, group.count);
 
-  // The last of the group's thread blocks merges them all.
-  __threadfence();
+  // The last of the group's thread blocks merges them all. One thread's fences speak for the thread block, which met before and meets after.
   __syncthreads();
   int* is_last = (int*)warp_statistics;
-  if (threadIdx.x == 0) *is_last = atomicAdd(arrived + share.group, 1) == share.count - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *is_last = atomicAdd(arrived + share.group, 1) == share.count - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!*is_last) return;
-  __threadfence();
   if (threadIdx.x == 0) arrived[share.group] = 0;
   statistics += share.first * ROWS;
   for (int row = warp; row < group.count; row += WARPS) {
     const float log_sum = weigh(weights + row * gridDim.x, statistics, row, share.count);
-    if (lse && lane == 0) lse[group.head(shape, row) * shape.q_len + group.query(shape, row)] = log_sum;
+    if (lse && lane == 0) lse[group.head(row) * shape.q_len + group.query(row)] = log_sum;
   }
   __syncthreads();
   merge_thread_blocks(outputs, found + (int64_t)share.first * ROWS * HEAD_DIM, weights, group.count, share.count);
   __syncthreads();
   for (int row = warp; row < group.count; row += WARPS) {
-    const int head = group.head(shape, row), query = group.query(shape, row);
+    const int head = group.head(row), query = group.query(row);
     uint16_t* out = output + ((int64_t)head * shape.q_len + query) * HEAD_DIM;
     float broken = 0.f;
     for (int dim = 2 * lane; dim < HEAD_DIM; dim += 64) {

@@ -168,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
 {
   DYNAMIC_SHARED(shared);
   constexpr int CELLS_PER_BLOCK = KEYS_PER_BLOCK / CELL;
+  const double share = top_p ? top_p[blockIdx.x] : 0.0;
   const Shape shape = at_position(given, *position);
   const int head = blockIdx.x, composites = ceil_div(shape.k_len, shape.k_compress), visible = ceil_div(shape.k_len, BLOCK_SIZE);
   const int cells_seen = ceil_div(composites, CELL);
@@ -199,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
   Cut cut = {0, 0};
   if (top_p) {
     ThreadBlockTeam team(room);
-    cut = cut_at(top_p[head], units, visible, team);
+    cut = cut_at(share, units, visible, team);
   }
   if (threadIdx.x >= 32) return;
   const int count = select_row(top_p ? units : nullptr, cut, sums, row_threshold ? row_threshold + head : nullptr, shape, 0,
