@@ -11,7 +11,8 @@ import numpy as np
 from unisparse_np import reference
 
 SAME = (
-    "HELD_DTYPES", "compute_dtype", "from_host", "held_dtype", "memory", "new_pacer", "rotary_table", "to_host", "vector_dtype", "xp",
+    "HELD_DTYPES", "compute_dtype", "from_host", "held_dtype", "holds_not_finite", "memory", "merge_heads", "new_pacer",
+    "rotary_table", "to_host", "vector_dtype", "xp",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -208,7 +209,9 @@ class MemoryPool:
 class RawModule:
     def __init__(self, code: str, options: tuple[str, ...] = (), backend: str = "nvrtc", **_: Any) -> None:
         self.code = code
-        self.defines = tuple(option for option in options if option.startswith("-D"))
+        self.defines = tuple(
+            f"-D{name}={value}" for name, value in re.findall(r"^#define (\w+) (-?\d+)$", code.split("//")[0], re.MULTILINE)
+        )
 
     def get_function(self, name: str) -> Kernel:
         for path in SOURCES.glob("*.cu"):

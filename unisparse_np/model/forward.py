@@ -99,7 +99,7 @@ class ForwardPass:
         summary = None if running is None else running.summary()
         keys, values = cache.upto(index, cache.length + split.tokens)
         results = []
-        for (start, stop), (q, q_composites) in zip(split.runs, queries, strict=True):
+        for (start, _), (q, q_composites) in zip(split.runs, queries, strict=True):
             out, trace = attend(
                 q, keys, values, config, q_offset=cache.length + start, backend=self.backend, key_summary=summary, q_composites=q_composites
             )  # [Hq, t, d]
@@ -107,7 +107,7 @@ class ForwardPass:
                 cache.add_counts(index, trace)
             if observer is not None:
                 observer(index, q, keys, values, out, trace)
-            results.append(out.transpose(1, 0, 2).reshape(stop - start, -1))
+            results.append(self._layers.merge_heads(out))  # [t, Hq d]
         return results[0] if len(results) == 1 else self._layers.xp.concatenate(results)
 
     def _queries(

@@ -59,9 +59,13 @@ def source(name: str) -> str:
 
 @lru_cache(maxsize=1024)
 def kernel(file: str, name: str, shared_bytes: int, **defines: int) -> Any:
-    """A kernel of a .cu file, compiled for this device (CuPy keeps the result on disk) and given its shared memory."""
+    """A kernel of a .cu file, compiled for this device (CuPy keeps the result on disk) and given its shared memory.
+
+    The defines go into the text: CuPy asks the compiler once for every new list of options, 20 ms each, even if all is on disk.
+    """
     code = source(file)
-    options = ["-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()) if key in code)]
+    code = "".join(f"#define {key} {value}\n" for key, value in sorted(defines.items()) if key in code) + code
+    options = ["-std=c++17"]
     if capability() == (9, 0):
         options.append("-arch=sm_90a")  # wgmma and setmaxnreg; CuPy's own -arch=sm_90 comes after it and yields
     with _compiling:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import ml_dtypes
@@ -21,13 +21,14 @@ from ...errors import InvalidInput
 from ...problem import Problem, ceil_div
 from . import gemv, memory
 from .device import kernel, source
-from .memory import from_host, new_pacer
+from .memory import from_host, holds_not_finite, new_pacer
 from .overlap import OverlappingLauncher, address, argument
 from .products import product
 from .shapes import element_strides, uses_tensor_cores
 
 __all__ = [
-    "HELD_DTYPES", "add", "add_linear", "compute_dtype", "embedding", "from_host", "head", "held_dtype", "linear", "memory", "new_pacer",
+    "HELD_DTYPES", "add", "add_linear", "compute_dtype", "embedding", "from_host", "head", "held_dtype", "holds_not_finite", "linear",
+    "memory", "merge_heads", "new_pacer",
     "rms_norm", "rotary_table", "rotate_heads", "swiglu", "to_host", "vector_dtype", "xp",
 ]  # fmt: skip
 
@@ -41,6 +42,7 @@ HELD_DTYPES = {
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 ROW_THREADS = 256  # of a thread block that works on rows
 ROTARY_WARPS, HEADS_AT_ONCE = 4, 4  # of rotary.cu
+AHEAD_BLOCKS = 64  # thread blocks of a warp that fetch ahead
 NULL = np.uint64(0)
 
 
@@ -128,6 +130,17 @@ def swiglu(gate_up: Any) -> Any:
     return out
 
 
+def merge_heads(out: Any) -> Any:
+    """Attention's output [Hq, T, d] as rows [T, Hq d]."""
+    heads, tokens, dim = out.shape
+    by_token = out.transpose(1, 0, 2)
+    if by_token.flags.c_contiguous or dim % 8:
+        return by_token.reshape(tokens, heads * dim)
+    merged = cupy.empty((tokens, heads * dim), out.dtype)
+    _by_rows("merge_heads", merged, out.dtype, (cupy.ascontiguousarray(out), merged, np.int32(tokens), np.int32(dim)))
+    return merged
+
+
 def rotary_table(inv_freq: Any, start: int, length: int, factor: float, dtype: np.dtype) -> Any:
     """factor * (cos, sin) of position * inv_freq for positions start .. start+length-1: [T, d/2, 2] float32 whatever dtype says.
 
@@ -180,13 +193,22 @@ def rotate_heads(
     return q, q_composites
 
 
+class Ahead(NamedTuple):
+    """Memory to fetch into the L2 while attention leaves the device's memory idle: an array's first bytes, below so many keys."""
+
+    array: Any
+    num_bytes: np.int64
+    most_keys: int
+
+
 def launch_rotation(
     qkv: Any, table: Any, norms: Any, position: Any, outputs: tuple[Any, Any, Any], problem: Problem | None, q_composites: Any = None,
-    room: Any = None, summary: Any = None, overlap: bool = False,
+    room: Any = None, summary: Any = None, overlap: bool = False, ahead: Ahead | None = None,
 ) -> None:  # fmt: skip
     """The launch of rotary.cu: qkv [T, Hq + 2 Hkv, d] -> outputs (q [Hq, T, d], k and v [Hkv, .., d], written from row position on).
 
-    problem: None to pool nothing. room: places of the keys' composites and anchors, or None. overlap: see `overlap.py`.
+    problem: None to pool nothing. room: places of the keys' composites and anchors, or None. overlap: see `overlap.py`. ahead: for a
+    single token, what a later launch will read.
     """
     tokens, _, dim = qkv.shape
     q, k, v = outputs
@@ -205,10 +227,10 @@ def launch_rotation(
         qkv, table, q_norm, k_norm, float(eps), tokens, len(q), kv_heads, q_members, k_members, position, q, k, v, *element_strides(k),
         *element_strides(v), q_composites, *((None, np.int64(0)) if room is None else (room.kc, element_strides(room.kc)[0])),
         *((None, np.int64(0)) if anchors is None else (anchors, element_strides(anchors)[0])),
-        config.key_anchors, 0 if summary is None else summary.length,
+        config.key_anchors, 0 if summary is None else summary.length, *((None, np.int64(0), 0) if ahead is None else ahead),
     )  # fmt: skip
     groups = ceil_div(len(q) // q_members, at_once) + 2 * ceil_div(kv_heads // k_members, at_once)
-    grid = (groups, ceil_div(tokens, config.block_size))
+    grid = (groups + (0 if ahead is None else AHEAD_BLOCKS), ceil_div(tokens, config.block_size))
     if overlap:
         _overlapping_rotation(function, 32 * warps, shared)(*grid, *map(address, arguments))
     else:

@@ -10,9 +10,11 @@ import numpy as np
 
 from ...config import UniSparseConfig
 from ...problem import Problem, ceil_div
+from .device import kernel, num_multiprocessors
 from .scores import WORKSPACE_BYTES
 from .shapes import composite_dtype
 
+FINITE_THREADS = 512  # of finite.cu
 LAYERS_AHEAD = 2  # that the host may have launched beyond the one being computed: the GPU never idles, and Ctrl-C is heard
 
 
@@ -38,6 +40,14 @@ def release() -> None:
 def from_host(target: cupy.ndarray, values: np.ndarray) -> None:
     """Copy values [n, ...] into a contiguous array or run of rows of the same shape and dtype, without another array on the device."""
     target.set(np.ascontiguousarray(values))
+
+
+def holds_not_finite(x: cupy.ndarray) -> cupy.ndarray:
+    """Whether NaN or infinity is in contiguous x, float16, bfloat16 or float32 -> [1] int32, not 0 if so. Waits for nothing."""
+    found = cupy.zeros(1, np.int32)
+    find = kernel("finite.cu", "find_not_finite", 0, IS_FLOAT16=int(x.dtype == np.float16), IS_FLOAT32=int(x.dtype == np.float32))
+    find((min(ceil_div(x.size, FINITE_THREADS), 4 * num_multiprocessors()),), (FINITE_THREADS,), (x, np.int64(x.size), found))
+    return found
 
 
 def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:

@@ -43,6 +43,11 @@ def from_host(target: np.ndarray, values: np.ndarray) -> None:
     target[...] = values
 
 
+def holds_not_finite(x: np.ndarray) -> bool:
+    """Whether NaN or infinity is in x."""
+    return not np.isfinite(x).all()
+
+
 def embedding(table: np.ndarray, token_ids: list[int], dtype: np.dtype) -> np.ndarray:
     """x[t] = table[token_ids[t]]: table [vocab, hidden], T ids -> [T, hidden]."""
     return table[np.asarray(token_ids)].astype(dtype, copy=False)
@@ -119,6 +124,11 @@ def rotary(x: np.ndarray, table: tuple[np.ndarray, np.ndarray], out: np.ndarray)
     cos, sin = table
     a, b = np.split(x.transpose(1, 0, 2), 2, axis=-1)  # [H, T, d/2] each
     out[...] = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def merge_heads(out: np.ndarray) -> np.ndarray:
+    """Attention's output [Hq, T, d] as rows [T, Hq d]."""
+    return out.transpose(1, 0, 2).reshape(out.shape[1], -1)
 
 
 def swiglu(gate_up: np.ndarray) -> np.ndarray:

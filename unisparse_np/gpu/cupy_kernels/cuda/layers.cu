@@ -91,6 +91,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_rows(const Element* __
   write_row<WIDTH>(x + (int64_t)blockIdx.x * WIDTH, column, row);
 }
 
+// merged[t] = the rows t of all heads [WIDTH / dim, tokens, dim], one after the other. Grid as above. 8 divides dim.
+extern "C" __global__ void __launch_bounds__(THREADS) merge_heads(
+    const Element* __restrict__ heads, Element* __restrict__ merged, int tokens, int dim)
+{
+  const int column = 8 * (blockIdx.y * THREADS + threadIdx.x), head = column / dim;
+  float row[8];
+  read_row<WIDTH>(row, heads + ((int64_t)head * tokens + blockIdx.x) * dim - head * dim, column);
+  write_row<WIDTH>(merged + (int64_t)blockIdx.x * WIDTH, column, row);
+}
+
 // The token and position that the launches of one decode step read.
 extern "C" __global__ void set_step(int* __restrict__ token_and_position, int token, int position) {
   token_and_position[0] = token;
