@@ -151,6 +151,7 @@ inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 inline int __float2int_rn(float x) { return x == x ? (int)nearbyintf(x) : 0; }
 inline float __uint2float_rn(uint32_t x) { return (float)x; }
 inline void use_after_here(int4&) {}
+inline void fetch_to_l2(const void* p, int bytes) { if ((uintptr_t)p & 15 || bytes & 15) fail("misaligned prefetch"); }
 inline void wait_for_launch_before() {}
 inline void let_next_launch_start() {}
 inline int __double2hiint(double x) { int64_t i; memcpy(&i, &x, 8); return (int)(i >> 32); }
@@ -189,6 +190,8 @@ inline char* at(Block* block, uint32_t address, int bytes) {
   return block->shared.data() + address;
 }
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - fibre->block->shared.data()); }
+inline int4 load_once(const void* p);
+inline int4 load_past_l1(const void* p) { return load_once(p); }
 inline int4 load_once(const void* p) { if ((uintptr_t)p & 15) fail("misaligned load"); int4 v; memcpy(&v, p, 16); return v; }
 inline void load_first(int4& v, const void* p, bool wanted) { if (wanted) v = load_once(p); }
 inline void store_shared(uint32_t address, uint32_t v) { memcpy(at(fibre->block, address, 4), &v, 4); }

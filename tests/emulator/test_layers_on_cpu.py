@@ -166,7 +166,7 @@ def test_rotate_heads(engine, dtype, dim, q_heads, kv_heads, tokens, start, norm
 @pytest.mark.parametrize(
     ("config", "q_heads", "kv_heads", "dim", "tokens"),
     [
-        (UniSparseConfig(64, 2, 16, 4, key_anchors=2), 4, 2, 80, 70),
+        (UniSparseConfig(64, 2, 16, 4, key_anchors=2), 4, 2, 80, 71),
         pytest.param(UniSparseConfig(64, 8, 8, key_anchors=1), 2, 1, 64, 141, marks=pytest.mark.slow),
         pytest.param(UniSparseConfig(128, 8, 4, 2, key_anchors=0), 4, 1, 128, 131, marks=pytest.mark.slow),
         pytest.param(UniSparseConfig(256, 64, 8, key_anchors=8), 1, 1, 64, 300, marks=pytest.mark.slow),

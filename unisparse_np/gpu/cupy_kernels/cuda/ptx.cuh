@@ -73,6 +73,11 @@ DEVICE uint32_t transpose_pairs(uint32_t x) {
 }
 
 // ---- global memory
+DEVICE int4 load_past_l1(const void* p) {  // 16 bytes, past the L1; stays behind `wait_for_launch_before`
+  int4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
 DEVICE int4 load_once(const void* p) {  // 16 bytes that this kernel does not write, past the L1
   int4 v;
   asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -85,6 +90,12 @@ DEVICE void load_first(int4& v, const void* p, bool wanted) {  // the same, no l
 }
 DEVICE void use_after_here(int4& x) {  // what is made of x stays behind the loads above
   asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+}
+
+DEVICE void fetch_to_l2(const void* p, int bytes) {  // soon, without waiting; multiples of 16 bytes. sm_90 and later, otherwise nothing
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
 }
 
 // ---- launches that overlap (sm_90 and later; the launch must ask for it, otherwise these do nothing)
