@@ -34,6 +34,7 @@ class Tokenizer:
         adds_bos: bool,
         eos_token_ids: set[int],
         chat_template: ChatTemplate | None,
+        vocab_size: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._adds_bos = adds_bos
@@ -41,7 +42,7 @@ class Tokenizer:
         self.special_tokens = special_tokens
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
-        self.vocab_size = _vocab_size(tokenizer)
+        self.vocab_size = vocab_size
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -56,7 +57,8 @@ class Tokenizer:
         settings, model_config, generation_config = (read_json_object(path) if (path := folder / n).exists() else {} for n in names)
         tokenizer = _read_tokenizer(folder / "tokenizer.json")
         _add_listed_tokens(tokenizer, settings.get("added_tokens_decoder") or {}, folder)
-        _check_embedding_covers(_vocab_size(tokenizer), model_config.get("vocab_size"), folder)
+        vocab_size = _vocab_size(tokenizer)
+        _check_embedding_covers(vocab_size, model_config.get("vocab_size"), folder)
 
         special_tokens = _special_tokens(settings, folder)
         bos_token_id, adds_bos = _bos(tokenizer, special_tokens, settings.get("add_bos_token"), folder)
@@ -65,7 +67,7 @@ class Tokenizer:
         eos_token_ids = _listed_eos_ids(generation_config, model_config, folder)
         if "eos_token" in special_tokens:
             eos_token_ids.add(_required_id(tokenizer, "eos_token", special_tokens["eos_token"], folder))
-        return cls(tokenizer, special_tokens, bos_token_id, adds_bos, eos_token_ids, find_chat_template(folder, settings))
+        return cls(tokenizer, special_tokens, bos_token_id, adds_bos, eos_token_ids, find_chat_template(folder, settings), vocab_size)
 
     @property
     def has_chat_template(self) -> bool:
