@@ -89,6 +89,7 @@ def attention_kernel(real: type, head_dim: int) -> Any:
     NUM_THREADS = THREADS * THREADS
     DIMS = ceil_div(head_dim, THREADS)  # of the output, owned by one thread
     WIDTH = DIMS * THREADS
+    VALUES = ceil_div(VALUE_KEYS, THREADS)  # keys whose values one thread brings
     ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + 1), (SLICE, TILE_KEYS + 1), (TILE_ROWS, TILE_KEYS + 1)  # padded: tile.py
     ROWS_HELD, KEYS_HELD = (ROWS, SLICE // THREADS), (KEYS, SLICE // THREADS)
     LOWEST, ZERO = real(-math.inf), real(0)
@@ -116,6 +117,7 @@ def attention_kernel(real: type, head_dim: int) -> Any:
         of_threads = cuda.shared.array((TILE_ROWS, THREADS), real)  # one number of each thread of a row
         q_held = cuda.local.array(ROWS_HELD, real)  # on the way from memory to q_slice
         k_held = cuda.local.array(KEYS_HELD, real)
+        v_held = cuda.local.array((VALUES, DIMS), real)
         scores = cuda.local.array((ROWS, KEYS), real)
         part = cuda.local.array((ROWS, KEYS), real)  # scratch
         sums = cuda.local.array((ROWS, DIMS), real)  # out, before it is divided by total
@@ -135,13 +137,14 @@ def attention_kernel(real: type, head_dim: int) -> Any:
             for d in range(DIMS):
                 sums[m, d] = 0
 
-        num_attended = counts[h, i, 0] * block_size + counts[h, i, 1]
+        num_blocks, num_anchors = counts[h, i, 0], counts[h, i, 1]
+        num_attended = num_blocks * block_size + num_anchors
         for first_key in range(0, num_attended, TILE_KEYS):
             # ---- which keys: some of the kept tokens, wherever they lie ----
             cuda.syncthreads()  # the last tile is used up
             hidden = 0  # does any row have to look away from any key of this tile?
             for n in range(thread, TILE_KEYS, NUM_THREADS):
-                position = attended_position(first_key + n, kept_blocks[h, i], kept_anchors[h, i], counts[h, i], block_size)
+                position = attended_position(first_key + n, kept_blocks[h, i], kept_anchors[h, i], num_blocks, num_anchors, block_size)
                 if position >= keys.shape[0]:  # behind the end of a ragged last block
                     position = -1
                 positions[n] = position
@@ -196,11 +199,17 @@ def attention_kernel(real: type, head_dim: int) -> Any:
 
             # ---- sums += weight * v, a few keys at a time ----
             for first in range(0, TILE_KEYS, VALUE_KEYS):
-                for n in range(ty, VALUE_KEYS, THREADS):
-                    exists = positions[first + n] >= 0
+                for m in range(VALUES):
+                    n = ty + m * THREADS
+                    exists = n < VALUE_KEYS and positions[first + n] >= 0
                     row = values[np.uint32(positions[first + n]) if exists else np.uint32(0)]
                     for d in range(DIMS):
-                        v_slice[n, tx + d * THREADS] = row[tx + d * THREADS] if exists and tx + d * THREADS < head_dim else ZERO
+                        v_held[m, d] = row[tx + d * THREADS] if exists and tx + d * THREADS < head_dim else ZERO
+                cuda.syncthreads()  # the weights are written, the last values are used up
+                for m in range(VALUES):
+                    if ty + m * THREADS < VALUE_KEYS:
+                        for d in range(DIMS):
+                            v_slice[ty + m * THREADS, tx + d * THREADS] = v_held[m, d]
                 cuda.syncthreads()
                 n = 0
                 while n < VALUE_KEYS:  # not range: see tile.py
@@ -218,7 +227,6 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                                 if weight[m] != 0:  # 0 * NaN is NaN: what a row may not see must not be multiplied
                                     sums[m, d] += weight[m] * value
                     n += 1
-                cuda.syncthreads()
 
         # ---- out = sums / total, lse = highest + log(total) ----
         for m in range(ROWS):

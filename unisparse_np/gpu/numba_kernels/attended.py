@@ -61,11 +61,12 @@ def fill_lists(mask, anchors, key_anchors, visible_blocks, group_size, kept_bloc
 
 
 @cuda.jit(device=True)
-def attended_position(n, kept_blocks, kept_anchors, counts, block_size):
+def attended_position(n, kept_blocks, kept_anchors, num_blocks, num_anchors, block_size):
     """Position of the n-th attended key, -1 past the last. Inside a ragged last block it may lie behind the last key."""
-    in_blocks = counts[0] * block_size
+    in_blocks = num_blocks * block_size
     if n < in_blocks:
-        return kept_blocks[n // block_size] * block_size + n % block_size
-    if n < in_blocks + counts[1]:
+        n, size = np.uint32(n), np.uint32(block_size)  # a GPU divides 32 bits in a fifth of the time that 64 take
+        return kept_blocks[n // size] * block_size + n % size
+    if n < in_blocks + num_anchors:
         return kept_anchors[n - in_blocks]
     return -1
