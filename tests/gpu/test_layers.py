@@ -72,6 +72,33 @@ def test_products(cupy, dtype, tokens, inner, rows):
         np.testing.assert_array_equal(x.get(), again.get())
 
 
+@DTYPES
+@pytest.mark.parametrize(("inner", "rows"), [(50, 7), (576, 1536), (4096, 2048), (14336, 260)])
+def test_fused_products_of_one_token(cupy, dtype, inner, rows):
+    from unisparse_np.gpu.cupy_kernels import gemv, overlap
+
+    stream, norm, weight = normal(cupy, 30, 1, inner), normal(cupy, 31, inner), normal(cupy, 32, 2 * rows, inner, dtype=dtype)
+    bias = normal(cupy, 33, 2 * rows)
+    normed = reference.rms_norm(wide(stream), wide(norm), 1e-5, np.float64)
+    expected = normed @ wide(weight).T  # [1, 2 rows]
+    slope = np.abs(expected).max() + 4
+    results = []
+    for overlaps in (False, True) if overlap.overlap_is_possible() else (False,):
+        out, logits, gated = (cupy.empty((1, n), d) for n, d in ((2 * rows, dtype), (2 * rows, np.float32), (rows, dtype)))
+        gemv.norm_gemv(weight, stream, norm, 1e-5, bias, out, overlaps)
+        gemv.norm_gemv_float32(weight, stream, norm, 1e-5, logits, overlaps)
+        gemv.norm_gemv_swiglu(weight, stream, norm, 1e-5, bias, gated, overlaps)
+        total = stream[:, :rows].copy() if rows <= inner else cupy.zeros((1, rows), np.float32)
+        gemv.gemv_add(weight[:rows], normal(cupy, 34, 1, inner, dtype=dtype), None, total, overlaps)
+        results.append([x.get() for x in (out, logits, gated, total)])
+        assert_rounded(out, expected + wide(bias), dtype, inner)
+        assert_rounded(logits, expected, np.float32, inner)
+        assert_rounded(gated, reference.swiglu(expected + wide(bias)), dtype, 2 * slope * inner)
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim"),
     [*((BFLOAT16, dim) for dim in (6, 16, 32, 64, 80, 96, 100, 128, 256)), *((d, dim) for d in OTHERS for dim in (16, 100, 128))],
