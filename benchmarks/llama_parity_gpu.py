@@ -209,16 +209,20 @@ def main() -> None:
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     result: dict[str, Any] = {"stamp": stamp("cupy-cuda13x", "torch", "transformers"), "device": device, "model": "SmolLM2-135M-Instruct"}
     name = f"llama_parity_gpu_{device.lower().replace(' ', '_')}"
+
+    def keep(part: str, found: dict[str, Any]) -> None:
+        result[part] = found
+        print(write_result(name, result), flush=True)
+
     if "cold" in only:
-        result["cold_start"] = measure_cold_start()
+        keep("cold_start", measure_cold_start())
     if {"speed", "answers"} & set(only):
         model, tokenizer = load(SMOLLM2, backend="cupy", dtype="bfloat16")
         judge = open_judge("bfloat16")
     if "speed" in only:
-        result["speed"] = measure_speed(model, judge, tokenizer)
+        keep("speed", measure_speed(model, judge, tokenizer))
     if "answers" in only:
-        result["answers"] = compare_answers(model, judge, tokenizer)
-    print(write_result(name, result))
+        keep("answers", compare_answers(model, judge, tokenizer))
 
 
 if __name__ == "__main__":
