@@ -82,7 +82,15 @@ def test_hopper_not_causal_with_anchors():
 
 
 def test_hopper_blocks_of_4_composites():
-    assert "score_tiles" in check(SMALL_BLOCKS, "90", seed=2)
+    launched = check(SMALL_BLOCKS, "90", seed=2)
+    assert "merge_scores" in launched and "select_blocks" not in launched  # the merger selects
+
+
+def test_the_merger_selects_what_the_selection_of_its_own_selects():
+    with cupy_on_cpu.installed("90") as backend:
+        q, k, v = (sys.modules["cupy"].asarray(x) for x in inputs(SMALL_BLOCKS, np.float16, seed=3))
+        mean, peak = backend.score_blocks(*(x.astype(np.float16) for x in backend.compress(q, k, SMALL_BLOCKS)), SMALL_BLOCKS)
+        np.testing.assert_array_equal(backend.run_sparse(q, k, v, SMALL_BLOCKS)[1].mask, backend.select_blocks(mean, peak, SMALL_BLOCKS))
 
 
 def test_portable_blocks_of_64():

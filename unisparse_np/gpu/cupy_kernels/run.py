@@ -24,8 +24,8 @@ from .memory import attention_bytes, free_bytes
 from .plan import Plan, plan_of
 from .program import Launch, base
 from .room import INT32, Layout, allocate, new, view
-from .scores import adds_to_scores, as_shares, clear_scores, score_arrays, score_sizes, scoring
-from .select import BlockMask, empty_mask, select_words, selecting, to_bool
+from .scores import adds_to_scores, as_shares, clear_scores, score_arrays, score_sizes, scoring, scoring_in_one_pass, selects_at_once
+from .select import BlockMask, empty_mask, select_words, selecting, shares, to_bool
 from .shapes import NO_ROWS, Rows, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 
@@ -113,9 +113,11 @@ def _select(
     memory = allocate(layout.size)
     if keep_scores or plan.once(adds_to_scores):
         clear_scores(*score_arrays(memory, layout, plan))
-    key = (selection, queries[2:], keys[2:], kc[2:], anchors is None, of_float16)
+    key = (selection, queries[2:], keys[2:], kc[2:], anchors is None, of_float16, keep_scores)
     symbolic = [Rows(None, base(n), *x[2:]) if x.address else NO_ROWS for n, x in enumerate((queries, keys, kc))]
-    program = plan.program(key, selection, *symbolic, *map(base, range(3, 7)), 0 if anchors is None else base(7), plan, of_float16)
+    program = plan.program(
+        key, selection, *symbolic, *map(base, range(3, 7)), 0 if anchors is None else base(7), plan, of_float16, keep_scores
+    )
     program.run(
         queries.address, keys.address, kc.address, 0 if q_composites is None else q_composites.data.ptr, memory.ptr,
         mask.words.data.ptr, mask.counts.data.ptr, 0 if anchors is None else anchors.data.ptr,
@@ -129,7 +131,7 @@ def _select(
 
 
 def selection(
-    q: Rows, k: Rows, kc: Rows, qc: int, room: int, words: int, counts: int, anchors: int, plan: Plan, of_float16: bool
+    q: Rows, k: Rows, kc: Rows, qc: int, room: int, words: int, counts: int, anchors: int, plan: Plan, of_float16: bool, keep_scores: bool
 ) -> Iterator[Launch]:
     """Steps 1-5. q, or NO_ROWS with its composites at qc; k, or NO_ROWS with its composites kc. room: an address for selection_layout."""
     pieces = plan.once(selection_layout).addresses(room)
@@ -138,8 +140,11 @@ def selection(
     if k.address:
         kc = Rows(None, pieces["kc"], plan.kc_shape[1] * plan.kc_shape[2], plan.kc_shape[2])
     yield from pooling(q, k, qc, kc.address, anchors, plan, of_float16)
-    yield from scoring(qc, kc, pieces, plan)
-    yield selecting(pieces["units"], pieces["peak"], words, counts, plan)
+    if plan.once(selects_at_once):
+        yield from scoring_in_one_pass(qc, kc, pieces, plan, (*shares(plan), words, counts), keep_scores)
+    else:
+        yield from scoring(qc, kc, pieces, plan)
+        yield selecting(pieces["units"], pieces["peak"], words, counts, plan)
 
 
 def _select_plain(

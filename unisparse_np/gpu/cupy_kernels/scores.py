@@ -25,6 +25,7 @@ MERGE_THREADS = 128
 HOPPER_HEAD_DIMS = (64, 128)
 HOPPER_KEYS_PER_BLOCK = (4, 8, 16, 32, 64)
 HOPPER_LEAST_QUERIES_PER_BLOCK = 4
+FEW_BLOCKS = 128
 MOST_SHARED_BYTES = 227 << 10  # of a Hopper thread block
 WORKSPACE_BYTES = 1 << 30  # the most that the sums of a few keys may take; heads are done in slices that fit
 UNITS = 2.0**30  # scores are whole numbers of 1 / UNITS of a query block's mass
@@ -93,11 +94,16 @@ def score_sizes(plan: Plan) -> dict[str, int]:
 
 def scoring(qc: int, kc: Rows, room: dict[str, int], plan: Plan) -> Iterator[Launch]:
     """Steps 2-3 from float16 composites (qc contiguous) to the addresses in room. Invisible blocks are left as they are."""
-    peak = 0 if plan.problem.config.row_threshold is None else room["peak"]
     if _on_hopper(plan):
-        yield from _scoring_in_one_pass(qc, kc, room["units"], peak, room["sums"], room["maxima"], plan)
+        yield from scoring_in_one_pass(qc, kc, room, plan)
     else:
-        yield _scoring_in_two_passes(qc, kc, room["units"], peak, plan)
+        yield _scoring_in_two_passes(qc, kc, room, plan)
+
+
+def selects_at_once(plan: Plan) -> bool:
+    """Whether the merger of scores goes on to steps 4-5. One warp of it selects for a query block: that pays for few or small blocks."""
+    small = plan.problem.num_k_blocks <= FEW_BLOCKS or plan.queries_per_block <= HOPPER_LEAST_QUERIES_PER_BLOCK
+    return small and _on_hopper(plan)
 
 
 def adds_to_scores(plan: Plan) -> bool:
@@ -111,18 +117,25 @@ def _on_hopper(plan: Plan) -> bool:
     return fits and plan.problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
 
 
-def _scoring_in_two_passes(qc: int, kc: Rows, units: int, peak: int, plan: Plan) -> Launch:
+def _scoring_in_two_passes(qc: int, kc: Rows, room: dict[str, int], plan: Plan) -> Launch:
     problem = plan.problem
+    peak = 0 if problem.config.row_threshold is None else room["peak"]
     launcher = plan.launcher("scores.cu", "score_blocks", PORTABLE_THREADS, shared_bytes(problem.head_dim))
     columns = ceil_div(problem.num_q_composites, PORTABLE_ROWS)
-    arguments = (qc, kc.address, kc.head_stride, plan.packed_shape(), units, peak)
+    arguments = (qc, kc.address, kc.head_stride, plan.packed_shape(), room["units"], peak)
     return Launch(launcher, columns, problem.num_composite_heads, arguments)
 
 
-def _scoring_in_one_pass(qc: int, kc: Rows, units: int, peak: int, sums: int, maxima: int, plan: Plan) -> Iterator[Launch]:
-    """Tiles first, then their merger, a slice of heads at a time."""
-    problem = plan.problem
-    score = plan.launcher("scores_sm90.cu", "score_tiles", HOPPER_THREADS, shared_bytes_sm90(problem.head_dim))
+def scoring_in_one_pass(
+    qc: int, kc: Rows, room: dict[str, int], plan: Plan, select: tuple[int, int, int, int] = (0, 0, 0, 0), keep_scores: bool = True
+) -> Iterator[Launch]:
+    """Tiles first, then their merger, a slice of heads at a time.
+
+    select: addresses of the shares top_p and row_threshold and of the mask's words and counts, to go on to steps 4-5.
+    """
+    with_peak = plan.problem.config.row_threshold is not None
+    units, peak = room["units"] if keep_scores else 0, room["peak"] if keep_scores and with_peak else 0
+    score = plan.launcher("scores_sm90.cu", "score_tiles", HOPPER_THREADS, shared_bytes_sm90(plan.problem.head_dim))
     merge = plan.launcher("scores_sm90.cu", "merge_scores", MERGE_THREADS, plan.once(merge_shared_bytes))
     (heads, q_length, dim), (k_heads, k_length, _), shape = plan.qc_shape, plan.kc_shape, plan.packed_shape()
     queries = TensorMap(qc, heads, q_length, dim, q_length * dim, dim, True, HOPPER_ROWS)
@@ -130,9 +143,9 @@ def _scoring_in_one_pass(qc: int, kc: Rows, units: int, peak: int, sums: int, ma
     slice_heads = plan.once(heads_at_once)
     for first in range(0, heads, slice_heads):
         count = min(slice_heads, heads - first)
-        yield Launch(score, ceil_div(q_length, HOPPER_ROWS), count, (queries, keys, shape, first, sums, maxima))
+        yield Launch(score, ceil_div(q_length, HOPPER_ROWS), count, (queries, keys, shape, first, room["sums"], room["maxima"]))
         merged = ceil_div(q_length, max(16, plan.queries_per_block))
-        yield Launch(merge, merged, count, (sums, maxima, shape, first, units, peak))
+        yield Launch(merge, merged, count, (room["sums"], room["maxima"], shape, first, int(with_peak), units, peak, *select))
 
 
 def padded_queries(plan: Plan) -> int:
@@ -169,6 +182,6 @@ def shared_bytes_sm90(head_dim: int) -> int:
 def merge_shared_bytes(plan: Plan) -> int:
     """Shared memory of a thread block of merge_scores: its map."""
     q_blocks = max(1, 16 // plan.queries_per_block)
-    blocks = tiles_of_keys(plan) * (HOPPER_COLUMNS // plan.keys_per_block)
+    blocks = ceil_div(tiles_of_keys(plan) * (HOPPER_COLUMNS // plan.keys_per_block), 4) * 4
     arrays = 1 if plan.problem.config.row_threshold is None else 2
     return 4 * (16 + 2 * 4 * 16 + arrays * q_blocks * blocks)

@@ -54,8 +54,13 @@ def selecting(units: int, peak: int, words: int, counts: int, plan: Plan) -> Lau
     """Steps 4-5 from scores in units into the words and counts of a BlockMask; what invisible blocks hold does not matter."""
     launcher = plan.launcher("select.cu", "select_blocks", 32 * WARPS, WARPS * 32 * words_per_row(plan.problem) * 4)
     rows = plan.scores_shape[0] * plan.scores_shape[1]
-    shares = (0 if rule is None else rule.data.ptr for rule in plan.once(rules))
-    return Launch(launcher, ceil_div(rows, WARPS), 1, (units, peak, *shares, plan.packed_shape(), words, counts))
+    return Launch(launcher, ceil_div(rows, WARPS), 1, (units, peak, *shares(plan), plan.packed_shape(), words, counts))
+
+
+def shares(plan: Plan) -> tuple[int, int]:
+    """Addresses of top_p [Hc] and row_threshold [Hc] on the device, 0 where a rule is off."""
+    top_p, row_threshold = (0 if rule is None else rule.data.ptr for rule in plan.once(rules))
+    return top_p, row_threshold
 
 
 def rules(plan: Plan) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@
 //      merge_scores then knows every maximum, forms the log-sum-exp and the exact shares, and adds them up per block.
 //      Four warpgroups a thread block overlap each other's products and exponentials: both units are busy about as long.
 //   3  blocks of 4 and 8 composites too: a stored sum is then a block, and a thread block merges several query blocks
+//   4  merge_scores goes on to steps 4-5 where the host asks for it (few blocks, or blocks of 4): no score reaches global memory
 //
 // For QUERIES_PER_BLOCK >= 4 and KEYS_PER_BLOCK 4 to 64; scores.cu does the rest.
 // A stored sum lies between 2^-24 and GROUP of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
@@ -14,9 +15,10 @@
 //
 // Shared memory of score_tiles, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]):
 //   Q [ROWS], K_STAGES x K [COLUMNS], barriers.
-// Of merge_scores: mean [Q_BLOCKS][Nk in whole tiles], peak likewise where it is wanted, log-sum-exp [16], warps' maxima and sums.
+// Of merge_scores: log-sum-exp [16], warps' maxima and sums, mean [Q_BLOCKS][Nk in whole tiles], peak likewise where it is wanted.
 #include "composites.cuh"
 #include "hopper.cuh"
+#include "select_row.cuh"
 
 #define CONSUMERS 4
 #define ROWS (64 * CONSUMERS)
@@ -226,15 +228,17 @@ struct LaneSums {  // a lane's share of a tile: half a query's sums
 };
 
 // Grid: (query blocks, or sixteens of composite queries where blocks are smaller; composite heads of this launch). Reads what
-// score_tiles wrote; mean [Hc, Nq, Nk] in units, peak [Hc, Nq, Nk] or null.
+// score_tiles wrote; mean [Hc, Nq, Nk] in units or null, peak [Hc, Nq, Nk] or null. with_peak: whether the row rule needs peaks.
+// top_p, row_threshold, words, counts: as in select.cu, for steps 4-5 right away; words null to leave them out.
 extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
-    const uint32_t* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, uint32_t* __restrict__ mean,
-    float* __restrict__ peak)
+    const uint32_t* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, int with_peak,
+    uint32_t* __restrict__ mean, float* __restrict__ peak, const double* __restrict__ top_p, const float* __restrict__ row_threshold,
+    uint32_t* __restrict__ words, int* __restrict__ counts)
 {
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row16 = lane >> 1, side = lane & 1;
   const int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES, exist = min(QUERIES, shape.num_q_composites - first_query);
-  const int pitch = ceil_div(shape.num_k_composites, COLUMNS), blocks = pitch * BLOCKS_PER_TILE;
+  const int pitch = ceil_div(shape.num_k_composites, COLUMNS), blocks = (pitch * BLOCKS_PER_TILE + 3) & ~3;  // rows from 16-byte boundaries
   const int64_t head_at = (int64_t)blockIdx.y * ceil_div(shape.num_q_composites, 16);
   float* log_sums = (float*)shared;             // [16]
   float* warp_max = log_sums + 16;              // [4][16]
@@ -242,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
   float* mean_here = warp_sum + 4 * 16;         // [Q_BLOCKS][blocks]
   float* peak_here = mean_here + Q_BLOCKS * blocks;  // likewise, where peak is wanted
 
-  for (int j = threadIdx.x; j < (peak ? 2 : 1) * Q_BLOCKS * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;
+  for (int j = threadIdx.x; j < (with_peak ? 2 : 1) * Q_BLOCKS * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;
   __syncthreads();
   for (int rows = 0; rows < exist; rows += 16) {
     // these queries' own tiles: score_tiles writes no tile that none of them sees
@@ -286,27 +290,42 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
 #pragma unroll
         for (int bit = 2; bit < 2 * ROWS_PER_BLOCK; bit *= 2) {
           share += __shfl_xor_sync(0xffffffffu, share, bit);
-          if (peak) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
+          if (with_peak) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
         }
         const int place = side * (BLOCKS_PER_TILE / 2) + b;
         const int block = n * BLOCKS_PER_TILE + (GROUPS_PER_BLOCK == 1 ? group_at(place) : place) + row16 / ROWS_PER_BLOCK * blocks;
         if (row16 % ROWS_PER_BLOCK == 0) {  // the same lane every time: sums keep their order
           mean_here[block] += share;
-          if (peak) peak_here[block] = fmaxf(most, peak_here[block]);
+          if (with_peak) peak_here[block] = fmaxf(most, peak_here[block]);
         }
       }
     }
     __syncthreads();
   }
-  for (int i = 0; i < Q_BLOCKS; ++i) {
-    const int q_block = first_query / QUERIES_PER_BLOCK + i;
-    if (q_block >= shape.num_q_blocks) break;
+  const int first_block = first_query / QUERIES_PER_BLOCK, head = first_head + blockIdx.y;
+  uint32_t* scores = (uint32_t*)mean_here;  // in the same place, from now on
+  for (int i = 0; i < Q_BLOCKS && first_block + i < shape.num_q_blocks; ++i) {
+    const int q_block = first_block + i;
     const int queries = min(QUERIES_PER_BLOCK, shape.num_q_composites - q_block * QUERIES_PER_BLOCK);
-    const int64_t out_at = ((int64_t)(first_head + blockIdx.y) * shape.num_q_blocks + q_block) * shape.num_k_blocks;
+    const int64_t out_at = ((int64_t)head * shape.num_q_blocks + q_block) * shape.num_k_blocks;
     const int visible = visible_blocks(shape, q_block);
     for (int j = threadIdx.x; j < visible; j += MERGE_THREADS) {
-      mean[out_at + j] = (uint32_t)__float2int_rn(mean_here[i * blocks + j] * (UNIT / queries));
+      const uint32_t units = (uint32_t)__float2int_rn(mean_here[i * blocks + j] * (UNIT / queries));
+      if (mean) mean[out_at + j] = units;
       if (peak) peak[out_at + j] = peak_here[i * blocks + j];
+      scores[i * blocks + j] = as_handed_out(units);
     }
+  }
+  if (words == nullptr) return;
+  __syncthreads();
+  for (int i = warp; i < Q_BLOCKS && first_block + i < shape.num_q_blocks; i += MERGE_THREADS / 32) {
+    WarpTeam team;
+    const int q_block = first_block + i;
+    const int64_t row = (int64_t)head * shape.num_q_blocks + q_block;
+    Cut cut = {0, 0};
+    if (top_p) cut = cut_at(top_p[head], scores + i * blocks, visible_blocks(shape, q_block), team);
+    const int count = select_row(top_p ? scores + i * blocks : nullptr, cut, row_threshold ? peak_here + i * blocks : nullptr,
+                                 row_threshold ? row_threshold + head : nullptr, shape, q_block, words + row * shape.words_per_row);
+    if (lane == 0) counts[row] = count;
   }
 }

@@ -3,7 +3,8 @@
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  Top-P without a sort: the smallest score that is kept is found bit by bit (at most 30 sums over the row), then ties at
 //      that score are filled in index order; exactly the stable sort's prefix, whatever the order of summation
-//   2  four scores a load: the sums are bound by instructions, not by memory
+//   2  four scores a load; the search ends where one score is left between its bounds, after about half of the bits
+//   3  on Hopper, for few or small blocks, no kernel of its own: merge_scores (scores_sm90.cu) ends with steps 4-5
 //
 // One warp a row [Nk]; scores are whole numbers in units of 2^-30. Shared memory: WARPS rows of scores.
 #include "select_row.cuh"

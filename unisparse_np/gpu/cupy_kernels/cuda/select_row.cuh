@@ -13,14 +13,31 @@ struct WarpTeam {
   DEVICE uint32_t max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 };
 
-// The largest t such that the scores of at least t sum to `wanted` or more. scores: n of them, in shared memory.
-template <class Team> DEVICE uint32_t lowest_kept(const uint32_t* scores, int n, uint32_t wanted, uint32_t highest, Team& team) {
-  uint32_t t = 0;
+// The sum of the scores of at least `least`: n of them, in shared memory from a 16-byte boundary.
+template <class Team> DEVICE uint32_t sum_from(const uint32_t* scores, int n, uint32_t least, Team& team) {
+  uint32_t sum = 0;
+  for (int i = 4 * team.first; i + 3 < n; i += 4 * team.step) {
+    const int4 four = *(const int4*)(scores + i);
+    const uint32_t a = four.x, b = four.y, c = four.z, d = four.w;
+    sum += ((a >= least ? a : 0) + (b >= least ? b : 0)) + ((c >= least ? c : 0) + (d >= least ? d : 0));
+  }
+  for (int i = (n & ~3) + team.first; i < n; i += team.step) sum += scores[i] >= least ? scores[i] : 0;
+  return team.sum(sum);
+}
+
+// The largest t such that the scores of at least t sum to `wanted` or more; total: the sum of all. t is found bit by bit, until what
+// lies between it and the last value that was too large can only be one score: that is the answer.
+template <class Team> DEVICE uint32_t lowest_kept(const uint32_t* scores, int n, uint32_t wanted, uint32_t total, uint32_t highest, Team& team) {
+  uint32_t t = 0, from_t = total, too_large = 0;  // sums from t on, and from the smallest candidate that was too large
   for (int bit = 31 - __clz(highest | 1); bit >= 0; --bit) {
-    const uint32_t candidate = t | (1u << bit);
-    uint32_t sum = 0;
-    for (int i = team.first; i < n; i += team.step) sum += scores[i] >= candidate ? scores[i] : 0;
-    if (team.sum(sum) >= wanted) t = candidate;
+    const uint32_t candidate = t | (1u << bit), sum = sum_from(scores, n, candidate, team);
+    if (sum >= wanted) {
+      t = candidate;
+      from_t = sum;
+    } else {
+      too_large = sum;
+    }
+    if (t && from_t - too_large < 2 * t) return from_t - too_large;
   }
   return t;
 }
@@ -32,7 +49,7 @@ struct Cut {  // Top-P keeps what is above the threshold and, in index order, th
 // Step 4, Top-P: `share` of the sum of the `visible` scores in shared memory.
 template <class Team> DEVICE Cut cut_at(double share, const uint32_t* scores, int visible, Team& team) {
   if (share >= 1.0) return {0, 0xffffffffu};  // every visible block, those of score 0 too
-  uint32_t total = 0, highest = 0, above = 0;
+  uint32_t total = 0, highest = 0;
   for (int i = team.first; i < visible; i += team.step) {
     total += scores[i];
     highest = max(highest, scores[i]);
@@ -40,9 +57,8 @@ template <class Team> DEVICE Cut cut_at(double share, const uint32_t* scores, in
   total = team.sum(total);
   highest = team.max(highest);
   const uint32_t wanted = max(1u, (uint32_t)ceil(share * (double)total));
-  const uint32_t threshold = lowest_kept(scores, visible, wanted, highest, team);
-  for (int i = team.first; i < visible; i += team.step) above += scores[i] > threshold ? scores[i] : 0;
-  above = team.sum(above);
+  const uint32_t threshold = lowest_kept(scores, visible, wanted, total, highest, team);
+  const uint32_t above = sum_from(scores, visible, threshold + 1, team);
   return {threshold, threshold ? (wanted - above + threshold - 1) / threshold : 0};
 }
 
