@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.common import stamp, write_result
 from unisparse_np import Problem, UniSparseConfig
 from unisparse_np.gpu import cupy_kernels as engine
-from unisparse_np.gpu.cupy_kernels import attend, run
+from unisparse_np.gpu.cupy_kernels import attend
 from unisparse_np.gpu.cupy_kernels.compress import pool
 from unisparse_np.gpu.cupy_kernels.plan import plan_of
+from unisparse_np.gpu.cupy_kernels.run import _select
 from unisparse_np.gpu.cupy_kernels.scores import score_units
 from unisparse_np.gpu.cupy_kernels.select import from_bool, select_words
 
@@ -154,7 +155,7 @@ def selection(length: int, name: str, config: UniSparseConfig, rows: list) -> No
     units, peak = score_units(qc, kc, plan)
 
     def whole() -> None:
-        run._select(q, k, plan, None, False, None)  # as run_sparse does it: the merger of scores may select as well
+        _select(q, k, plan, None, False, None)  # as run_sparse does it: the merger of scores may select as well
 
     parts = {
         "compress": pooled,
@@ -162,8 +163,8 @@ def selection(length: int, name: str, config: UniSparseConfig, rows: list) -> No
         "select_blocks": lambda: select_words(units, peak, plan),
         "all": whole,
     }
-    for part, call in parts.items():
-        report(rows, work=f"selection, {name}", length=length, kernel=part, ms=median_ms(call))
+    for part, run in parts.items():
+        report(rows, work=f"selection, {name}", length=length, kernel=part, ms=median_ms(run))
 
 
 def whole_call(length: int, top_p: float, rows: list) -> None:
