@@ -43,10 +43,11 @@ def load(
     folder = Path(path)
     config = ModelConfig.from_folder(folder)
     check_split(config, ranks.tensor.size)
-    tokenizer = Tokenizer.from_folder(folder)
     if backend == "auto":
         backend, reason = choose_backend()
         print(f"backend   {backend} ({reason})", file=sys.stderr)
     engine = load_model_backend(backend)
+    engine.layers.get_ready()
+    tokenizer = Tokenizer.from_folder(folder)
     weights = load_weights(folder, config, engine.layers, dtype, progress, Shard(ranks.tensor.rank, ranks.tensor.size))
     return Llama(config, weights, engine, max_context, check_finite=check_finite, ranks=ranks), tokenizer

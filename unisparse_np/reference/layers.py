@@ -234,6 +234,10 @@ def swiglu(gate_up: np.ndarray) -> np.ndarray:
     return out
 
 
+def get_ready() -> None:
+    """What a model's first product would wait for, done in the background while its files are read: nothing here."""
+
+
 def new_pacer() -> Callable[[], None]:
     """What the model calls after each layer, so that a host never runs far ahead of its device. NumPy has finished by then."""
     return lambda: None

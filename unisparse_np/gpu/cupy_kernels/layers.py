@@ -23,13 +23,12 @@ from . import gemv, memory
 from .device import kernel, source
 from .memory import from_host, holds_not_finite, new_pacer
 from .overlap import OverlappingLauncher, address, argument
-from .products import product
+from .products import get_ready, product
 from .shapes import element_strides, uses_tensor_cores
 
 __all__ = [
-    "HELD_DTYPES", "add", "add_linear", "compute_dtype", "embedding", "from_host", "head", "held_dtype", "holds_not_finite", "linear",
-    "memory", "merge_heads", "new_pacer",
-    "rms_norm", "rotary_table", "rotate_heads", "swiglu", "to_host", "vector_dtype", "xp",
+    "HELD_DTYPES", "add", "add_linear", "compute_dtype", "embedding", "from_host", "get_ready", "head", "held_dtype", "holds_not_finite",
+    "linear", "memory", "merge_heads", "new_pacer", "rms_norm", "rotary_table", "rotate_heads", "swiglu", "to_host", "vector_dtype", "xp",
 ]  # fmt: skip
 
 xp = cupy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 import cupy
@@ -27,6 +29,17 @@ def product(x: Any, weight: Any, out: Any, *, add: bool) -> None:
         weight.data.ptr, kind, inner, x.data.ptr, kind, inner, beta.ctypes.data, out.data.ptr, _type(out.dtype), rows,
         cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
+
+
+def get_ready() -> None:
+    """Have cuBLAS load in the background what the first product would wait for, 0.3 s: reading a model's files takes as long."""
+    threading.Thread(target=_first_product, args=(cupy.cuda.runtime.getDevice(),)).start()
+
+
+def _first_product(device: int) -> None:
+    with contextlib.suppress(Exception), cupy.cuda.Device(device):  # what fails here fails again, and is heard, where it is needed
+        x, out = cupy.empty((64, 64), np.float16), cupy.empty((64, 64), np.float16)
+        product(x, x, out, add=False)
 
 
 def _type(dtype: Any) -> int:

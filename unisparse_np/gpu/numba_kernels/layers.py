@@ -138,6 +138,10 @@ def swiglu(gate_up: np.ndarray) -> np.ndarray:
         return gate / (1 + np.exp(-gate)) * up
 
 
+def get_ready() -> None:
+    """What a model's first product would wait for, done in the background while its files are read: nothing here."""
+
+
 def new_pacer() -> Callable[[], None]:
     """What the model calls after each layer: nothing, as every call here has finished when it returns."""
     return lambda: None
