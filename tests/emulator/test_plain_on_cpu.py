@@ -11,7 +11,7 @@ import pytest
 from tests import golden
 from tests.emulator import cupy_on_cpu
 from tests.emulator.test_backend_on_cpu import assert_caught, check, inputs
-from unisparse_np import Problem, UniSparseConfig, audit
+from unisparse_np import InvalidInput, Problem, UniSparseConfig, audit, reference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
@@ -83,6 +83,17 @@ def test_what_a_row_may_not_see_does_not_reach_it():
         found = np.asarray(backend.sparse_attention(asarray(q), asarray(k), asarray(v), mask, SMALL)[0])
     np.testing.assert_array_equal(found[:, : row + 1], clean[:, : row + 1])
     assert np.isnan(found[:, row + 1 :]).all()
+
+
+def test_a_long_row_of_scores_leaves_room_for_fewer_rows_at_a_time():
+    problem = Problem(1, 1, 3, 20000, 2, UniSparseConfig(2, 1, 2, top_p=0.5, sink_blocks=0, local_blocks=0))
+    mean = np.random.default_rng(0).random((1, 2, 10000)) * reference.select.visible_blocks(problem)
+    mean = (mean / mean.sum(axis=-1, keepdims=True)).astype(np.float32)
+    with cupy_on_cpu.installed("80") as backend:
+        found = np.asarray(backend.select_blocks(sys.modules["cupy"].asarray(mean), None, problem))
+        np.testing.assert_array_equal(found, reference.select_blocks(mean.astype(np.float64), None, problem))
+        with pytest.raises(InvalidInput, match="25000 key blocks: the cupy backend takes up to 24576"):
+            backend.select_blocks(mean, None, replace(problem, k_len=50000))
 
 
 def test_a_block_that_is_not_selected_is_not_read():

@@ -16,7 +16,8 @@ from .room import INT32, UINT32, new
 from .scores import UNITS
 from .shapes import words_per_row
 
-WARPS = 4
+MAX_WARPS = 4  # of select.cu
+SHARED_BYTES = 96 << 10  # that every device has to give: room for shapes.MAX_BLOCKS scores
 
 
 class BlockMask(NamedTuple):
@@ -52,9 +53,11 @@ def empty_mask(plan: Plan) -> BlockMask:
 
 def selecting(units: int, peak: int, words: int, counts: int, plan: Plan) -> Launch:
     """Steps 4-5 from scores in units into the words and counts of a BlockMask; what invisible blocks hold does not matter."""
-    launcher = plan.launcher("select.cu", "select_blocks", 32 * WARPS, WARPS * 32 * words_per_row(plan.problem) * 4)
+    row_bytes = 32 * words_per_row(plan.problem) * 4
+    warps = max(1, min(MAX_WARPS, SHARED_BYTES // row_bytes))
+    launcher = plan.launcher("select.cu", "select_blocks", 32 * warps, warps * row_bytes)
     rows = plan.scores_shape[0] * plan.scores_shape[1]
-    return Launch(launcher, ceil_div(rows, WARPS), 1, (units, peak, *shares(plan), plan.packed_shape(), words, counts))
+    return Launch(launcher, ceil_div(rows, warps), 1, (units, peak, *shares(plan), plan.packed_shape(), words, counts))
 
 
 def shares(plan: Plan) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from ...problem import Problem, ceil_div
 
 ANCHOR_TILE = 128  # compact anchor keys of one rank are padded to whole tiles
 BLOCK_SIZES, HEAD_DIMS = (64, 128, 256), (64, 80, 96, 128, 256)  # of the tensor-core kernels
-MAX_BLOCK_SIZE, MAX_HEAD_DIM = 4096, 256  # of all
+MAX_BLOCK_SIZE, MAX_HEAD_DIM, MAX_BLOCKS = 4096, 256, 24 << 10  # of all; key blocks whose scores fit shared memory
 LOG2_E = 1.4426950408889634
 
 _FIELDS = [
@@ -67,12 +67,17 @@ def is_float16(dtype: Any) -> bool:
 
 
 def check_shape(problem: Problem) -> None:
-    """Raises InvalidInput for what these kernels do not do: larger heads and blocks."""
+    """Raises InvalidInput for what these kernels do not do: larger heads and blocks, and more blocks."""
     if problem.head_dim > MAX_HEAD_DIM:
         raise InvalidInput(f"head_dim={problem.head_dim}: the cupy backend takes up to {MAX_HEAD_DIM}; use backend='reference'")
     if problem.config.block_size > MAX_BLOCK_SIZE:
         raise InvalidInput(
             f"block_size={problem.config.block_size}: the cupy backend takes up to {MAX_BLOCK_SIZE}; take less, or use backend='reference'"
+        )
+    if problem.num_k_blocks > MAX_BLOCKS:
+        raise InvalidInput(
+            f"k_len={problem.k_len} with block_size={problem.config.block_size} makes {problem.num_k_blocks} key blocks: "
+            f"the cupy backend takes up to {MAX_BLOCKS}; take larger blocks"
         )
 
 

@@ -6,20 +6,20 @@
 //   2  four scores a load; the search ends where one score is left between its bounds, after about half of the bits
 //   3  on Hopper, for few or small blocks, no kernel of its own: merge_scores (scores_sm90.cu) ends with steps 4-5
 //
-// One warp a row [Nk]; scores are whole numbers in units of 2^-30. Shared memory: WARPS rows of scores.
+// One warp a row [Nk]; scores are whole numbers in units of 2^-30. Shared memory: a row of scores for each warp.
 #include "select_row.cuh"
 
-#define WARPS 4
+#define MAX_WARPS 4
 
-// Grid: ceil(Hc * Nq / WARPS). mean [Hc, Nq, Nk] in units of 2^-30, peak [Hc, Nq, Nk] or null; top_p [Hc] and row_threshold [Hc],
-// null where the rule is off -> words [Hc, Nq, words_per_row], counts [Hc, Nq] blocks kept.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) select_blocks(
+// Grid: ceil(Hc * Nq / warps of a thread block). mean [Hc, Nq, Nk] in units of 2^-30, peak [Hc, Nq, Nk] or null; top_p [Hc] and
+// row_threshold [Hc], null where the rule is off -> words [Hc, Nq, words_per_row], counts [Hc, Nq] blocks kept.
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) select_blocks(
     const uint32_t* __restrict__ mean, const float* __restrict__ peak, const double* __restrict__ top_p, const float* __restrict__ row_threshold,
     const Shape shape, uint32_t* __restrict__ words, int* __restrict__ counts)
 {
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int row = blockIdx.x * WARPS + warp;
+  const int row = blockIdx.x * (blockDim.x >> 5) + warp;
   if (row >= shape.num_composite_heads * shape.num_q_blocks) return;
   const int head = row / shape.num_q_blocks, q_block = row % shape.num_q_blocks;
   const int64_t first = (int64_t)row * shape.num_k_blocks;
