@@ -16,12 +16,13 @@ import numpy as np
 from ...config import UniSparseConfig
 from ...errors import InvalidInput
 from ...problem import KeySummary, Problem, ceil_div
-from .decode_select import DecodeSelector
+from .decode_select import DecodeSelector, launch
 from .device import kernel, num_multiprocessors
 from .plan import Plan
 from .select import BlockMask
 from .shapes import MAX_HEAD_DIM, element_strides, shape_of, uses_tensor_cores
 
+FILE = "decode_attention.cu"
 FEW_QUERIES = 16
 WARPS, THREADS, TILE = 6, 192, 16  # of decode_attention.cu
 NULL = np.uint64(0)
@@ -75,7 +76,7 @@ class Split:
         row_pieces = row_tiles * ceil_div(problem.head_dim, 32) * 512
         self.shared = 4 * merge + 8 * WARPS * self.rows + row_pieces + 8 * self.list_room + 4 * self.groups
         self.function = kernel(
-            "decode_attention.cu", "decode_attention", self.shared,
+            FILE, "decode_attention", self.shared,
             IS_FLOAT16=int(is_float16), HEAD_DIM=problem.head_dim, ROW_TILES=row_tiles,
         )  # fmt: skip
         kind = f"S{problem.config.block_size}" if heads_per_mask else "dense"
@@ -86,11 +87,23 @@ class Split:
         found = cupy.empty((self.grid, self.rows, self.head_dim), np.float32)
         return Workspace(found, cupy.empty((self.grid, self.rows, 2), np.float32), cupy.zeros(self.groups, np.int32))
 
-    def launch(self, q: Any, k: Any, v: Any, out: Any, lse: Any, position: Any, words: Any, anchors: Any, workspace: Workspace) -> None:
-        """q [Hq, Lq, d], k, v [Hkv, .., d]; position: device int32 [1] or NULL; words and anchors: arrays or NULL."""
+    def launch(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        lse: Any,
+        position: Any,
+        words: Any,
+        anchors: Any,
+        workspace: Workspace,
+        overlap: bool = False,
+    ) -> None:
+        """q [Hq, Lq, d], k, v [Hkv, .., d]; position (device int32 [1]), words, anchors: or NULL; overlap: see `overlap.py`."""
         strides = (*element_strides(q), *element_strides(k), *element_strides(v))
         arguments = (q, k, v, out, lse, *strides, self.shape, position, words, anchors, np.int32(self.list_room), *workspace)
-        self.function((self.grid,), (THREADS,), arguments, shared_mem=self.shared)
+        launch(self.function, FILE, "decode_attention", (self.grid, 1), THREADS, self.shared, arguments, overlap)
 
 
 @lru_cache(maxsize=256)
@@ -153,20 +166,22 @@ class DecodeAttention:
         self._out = cupy.empty((num_q_heads, head_dim), dtype)
         self._lse = cupy.empty((num_q_heads, 1), np.float32)
 
-    def launch(self, q: Any, keys: Any, values: Any, position: Any, summary: KeySummary | None = None, out: Any = None) -> Any:
+    def launch(
+        self, q: Any, keys: Any, values: Any, position: Any, summary: KeySummary | None = None, out: Any = None, overlap: bool = False
+    ) -> Any:
         """Attention of the token at *position, whose key and value are in the cache already.
 
         q [Hq, d] contiguous, keys, values [Hkv, capacity, d], position: device int32 [1]. Sparse: summary is all room of the layer's
         running summary, kc [Hkc, ceil(capacity / c_k), d] float16 and anchors [Hkv, ceil(capacity / S), r], and takes the new key in.
-        Returns out [Hq, d], this object's own unless one is given.
+        overlap: see `overlap.py`; position and all keys but the newest must be old. Returns out [Hq, d], this object's own unless given.
         """
         out = self._out if out is None else out
         words, anchors = NULL, NULL
         if self.selector is not None:
             assert summary is not None, "sparse decode needs the layer's key summary"
-            words = self.selector.launch(q, keys, position, summary).words
+            words = self.selector.launch(q, keys, position, summary, overlap).words
             anchors = summary.anchors if self.problem.config.key_anchors else NULL
-        self._split.launch(q[:, None], keys, values, out, self._lse, position, words, anchors, self._workspace)
+        self._split.launch(q[:, None], keys, values, out, self._lse, position, words, anchors, self._workspace, overlap)
         return out
 
     def selected_blocks(self) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import cupy
 import numpy as np
 
 from ...problem import KeySummary, Problem, ceil_div
-from .device import kernel, num_multiprocessors
+from .device import kernel, num_multiprocessors, source
+from .overlap import OverlappingLauncher, address
 from .select import BlockMask, per_head
 from .shapes import element_strides, shape_of, words_per_row
 
+FILE = "decode_select.cu"
 SCORE_WARPS, SELECT_WARPS, CELL, ROW_BYTES = 8, 16, 16, 512  # of decode_select.cu and few_rows.cuh
 
 
@@ -51,15 +54,36 @@ class DecodeSelector:
         norms = 4 * problem.kv_heads_per_composite * config.block_size
         self._score_shared = norms + row_tiles * ceil_div(problem.head_dim, 32) * ROW_BYTES
         self._select_shared = 2 * 4 * 32 * words_per_row(problem) + 2 * 4 * SELECT_WARPS
-        self._score = kernel("decode_select.cu", "decode_scores", self._score_shared, **defines)
-        self._select = kernel("decode_select.cu", "decode_select", self._select_shared, **defines)
+        self._score = kernel(FILE, "decode_scores", self._score_shared, **defines)
+        self._select = kernel(FILE, "decode_select", self._select_shared, **defines)
 
-    def launch(self, q: Any, keys: Any, position: Any, summary: KeySummary) -> BlockMask:
+    def launch(self, q: Any, keys: Any, position: Any, summary: KeySummary, overlap: bool = False) -> BlockMask:
         """q [Hq, d], keys [Hkv, capacity, d], position: device int32 [1] of the query; summary as in DecodeAttention.launch."""
         pitch = np.int64(self._cells.shape[1])
         q_head_stride = np.int64(q.strides[0] // q.itemsize)
         scoring = (q, keys, q_head_stride, *element_strides(keys), self._shape, position, *summary, self._cells, pitch)
-        self._score(self._score_grid, (32 * SCORE_WARPS,), scoring, shared_mem=self._score_shared)
+        launch(self._score, FILE, "decode_scores", self._score_grid, 32 * SCORE_WARPS, self._score_shared, scoring, overlap)
         selecting = (self._cells, pitch, *self._rules, self._shape, position, self.mask.words, self.mask.counts)
-        self._select((self.problem.num_composite_heads,), (32 * SELECT_WARPS,), selecting, shared_mem=self._select_shared)
+        grid = self.problem.num_composite_heads, 1
+        launch(self._select, FILE, "decode_select", grid, 32 * SELECT_WARPS, self._select_shared, selecting, overlap)
         return self.mask
+
+
+def launch(
+    function: Any, file: str, name: str, grid: tuple[int, int], threads: int, shared: int, arguments: tuple[Any, ...], overlap: bool
+) -> None:
+    """One launch of a kernel of `file`, which with `overlap` may begin while the launch before it ends (overlap.py)."""
+    if overlap:
+        _overlapping(function, file, name, threads, shared)(*grid, *map(_as_launcher_takes_it, arguments))
+    else:
+        function(grid, (threads,), arguments, shared_mem=shared)
+
+
+@lru_cache(maxsize=256)
+def _overlapping(function: Any, file: str, name: str, threads: int, shared: int) -> OverlappingLauncher:
+    return OverlappingLauncher(function, source(file), name, threads, shared)
+
+
+def _as_launcher_takes_it(x: Any) -> Any:
+    """Arrays by their address, the kernels' struct as bytes, numbers as they are."""
+    return x.tobytes() if isinstance(x, np.ndarray) and x.dtype.type is np.void else address(x)

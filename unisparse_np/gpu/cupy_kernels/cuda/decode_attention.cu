@@ -5,6 +5,8 @@
 //      keys at a time, keys and values go from global memory straight into the operands of mma.sync (few_rows.cuh); the loads of
 //      the next 16 are issued as soon as the registers of these are free
 //   2  the last thread block of a group merges with all its threads at once; the first keys are asked for before the queries
+//   3  no divisions before the first load; one thread's fences; the first keys of a dense step are asked for while the launch before
+//      this one ends (pointers are not __restrict__: reads must not move up over the wait)
 //
 // Who does what: decode_work.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
 // same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
@@ -64,7 +66,7 @@ struct Cache {  // keys or values of one KV head
 DEVICE void load_keys(KeyTile& tile, const Cache& keys, Key key) {
   const int lane = threadIdx.x & 31;
   const int low = __shfl_sync(0xffffffffu, key.position, lane >> 2), high = __shfl_sync(0xffffffffu, key.position, 8 + (lane >> 2));
-  tile.load(keys.row(low), keys.row(high), lane & 3, load_once);
+  tile.load(keys.row(low), keys.row(high), lane & 3, load_past_l1);
 }
 
 DEVICE void load_values(ValueTile& tile, const Cache& values, Key key) {
@@ -82,7 +84,7 @@ DEVICE void stage_rows(uint32_t to, const uint16_t* queries, int64_t head_stride
     const int row = e / KEY_PIECES * 8 + (lane >> 2), column = e % KEY_PIECES * 32 + 8 * (lane & 3);
     int4 piece = make_int4(0, 0, 0, 0);
     if (row < group.count && column < HEAD_DIM)
-      piece = load_once(queries + group.head(row) * head_stride + group.query(row) * row_stride + column);
+      piece = load_past_l1(queries + group.head(row) * head_stride + group.query(row) * row_stride + column);
     store_shared(piece_of_rows(to + e / KEY_PIECES * ROWS_BYTES, e % KEY_PIECES), piece);
   }
 }
@@ -156,9 +158,9 @@ DEVICE void merge_thread_blocks(float* sums, const float* found, const float* we
 // [mask rows, words_per_row], null for dense attention; anchors [Hkv, num_k_blocks, r], null with key_anchors 0.
 // Workspace: found [gridDim.x][ROWS][HEAD_DIM], statistics [gridDim.x][ROWS], arrived [groups], which is 0 before and after.
 extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM <= 128 ? 2 : 1) decode_attention(
-    const uint16_t* __restrict__ queries, const uint16_t* __restrict__ keys, const uint16_t* __restrict__ values, uint16_t* output, float* lse,
+    const uint16_t* queries, const uint16_t* keys, const uint16_t* values, uint16_t* output, float* lse,
     int64_t q_head_stride, int64_t q_row_stride, int64_t k_head_stride, int64_t k_row_stride, int64_t v_head_stride, int64_t v_row_stride,
-    const Shape given, const int* __restrict__ position, const uint32_t* __restrict__ words, const int* __restrict__ anchors, int list_room,
+    const Shape given, const int* position, const uint32_t* words, const int* anchors, int list_room,
     float* found, float2* statistics, int* arrived)
 {
   DYNAMIC_SHARED(shared);
@@ -172,6 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   int* tiles_of_group = (int*)(list + list_room);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
+  let_next_launch_start();
+  if (words) wait_for_launch_before();
   Shape shape = given;
   if (position) {
     shape.q_offset = *position;
@@ -201,9 +205,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   Key next = {-1, 0};
   if (warp < count) {
     next = tiles.at(warp);
+    // The launch before this one writes the newest key: older ones need not wait for it
+    if (__any_sync(0xffffffffu, next.position == visible_keys - 1)) wait_for_launch_before();
     load_keys(k, k_cache, next);
     load_values(v, v_cache, next);
   }
+  wait_for_launch_before();
   stage_rows(q_rows, queries, q_head_stride, q_row_stride, group);
   Rows rows;
   float o[ROW_TILES][VALUE_PIECES][4][4];

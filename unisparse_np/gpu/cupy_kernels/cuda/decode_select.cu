@@ -87,11 +87,13 @@ DEVICE void write_cells(const float (&z)[4], int first, int stop, int rows, floa
 // logits and the sum of 2^(logit - maximum).
 // Shared memory: norms [members][BLOCK_SIZE], then the rows [ROW_TILES][ROWS_BYTES].
 extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 || ROW_TILES > 1 ? 2 : 3) decode_scores(
-    const uint16_t* __restrict__ queries, const uint16_t* __restrict__ keys, int64_t q_head_stride, int64_t k_head_stride, int64_t k_row_stride,
-    const Shape given, const int* __restrict__ position, uint16_t* kc, int* anchors, float2* __restrict__ cells, int64_t pitch)
+    const uint16_t* queries, const uint16_t* keys, int64_t q_head_stride, int64_t k_head_stride, int64_t k_row_stride,
+    const Shape given, const int* position, uint16_t* kc, int* anchors, float2* cells, int64_t pitch)
 {
   DYNAMIC_SHARED(shared);
   float* norms = (float*)shared;
+  let_next_launch_start();
+  wait_for_launch_before();  // no pointer is __restrict__: reads must not move up over this
   const Shape shape = at_position(given, *position);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int heads = shape.num_composite_heads / shape.num_composite_kv_heads, groups = ceil_div(heads, ROWS);
@@ -163,13 +165,15 @@ struct ThreadBlockTeam {  // for cut_at; room: two rows of SELECT_WARPS numbers 
 // Grid: Hc. cells [Hc, pitch] as decode_scores writes them -> words [Hc, words_per_row], counts [Hc].
 // Shared memory: {block sums [32 * words_per_row], the same in units}, then 2 * SELECT_WARPS numbers.
 extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
-    const float2* __restrict__ cells, int64_t pitch, const double* __restrict__ top_p, const float* __restrict__ row_threshold, const Shape given,
-    const int* __restrict__ position, uint32_t* __restrict__ words, int* __restrict__ counts)
+    const float2* cells, int64_t pitch, const double* top_p, const float* row_threshold, const Shape given,
+    const int* position, uint32_t* words, int* counts)
 {
   DYNAMIC_SHARED(shared);
   constexpr int CELLS_PER_BLOCK = KEYS_PER_BLOCK / CELL;
+  let_next_launch_start();
   const double share = top_p ? top_p[blockIdx.x] : 0.0;
   const Shape shape = at_position(given, *position);
+  wait_for_launch_before();
   const int head = blockIdx.x, composites = ceil_div(shape.k_len, shape.k_compress), visible = ceil_div(shape.k_len, BLOCK_SIZE);
   const int cells_seen = ceil_div(composites, CELL);
   float* sums = (float*)shared;

@@ -24,7 +24,7 @@ DEVICE int4 load_written(const void* p) { return *(const int4*)p; }  // 16 bytes
 struct KeyTile {
   int4 low[KEY_PIECES], high[KEY_PIECES];  // of keys g and g + 8
 
-  // Rows of keys g and g + 8; null for a key that nobody sees, which is zero then. `from` loads 16 bytes: load_once or load_written.
+  // Rows of keys g and g + 8; null for a key that nobody sees, which is zero then. `from` loads 16 bytes: load_past_l1 or load_written.
   template <class Load> DEVICE void load(const uint16_t* key_low, const uint16_t* key_high, int t, Load from) {
 #pragma unroll
     for (int i = 0; i < KEY_PIECES; ++i) {
@@ -57,7 +57,7 @@ struct ValueTile {
 #pragma unroll
       for (int i = 0; i < VALUE_PIECES; ++i) {
         rows[k][i] = make_int4(0, 0, 0, 0);
-        if (values[k] && 64 * i + 8 * g < HEAD_DIM) rows[k][i] = load_once(values[k] + 64 * i + 8 * g);
+        if (values[k] && 64 * i + 8 * g < HEAD_DIM) rows[k][i] = load_past_l1(values[k] + 64 * i + 8 * g);
       }
   }
   // o[i][w][0 and 2]: dims 64 i + 8 g + 2 w and the next of row 2 t; [1 and 3]: of row 2 t + 1. weights: keys 2 t .., 2 t + 8 .. of row g.
