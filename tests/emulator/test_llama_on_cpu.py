@@ -82,6 +82,25 @@ def test_a_checkpoint_larger_than_the_gpu_is_refused_before_it_is_read(folder, e
         open_model(folder, engine)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_that_are_not_finite_are_found_on_the_device(tmp_path, engine, dtype):
+    name = "model.layers.1.mlp.down_proj.weight"
+    values = np.ones(CASE.tensors[name], np.float32)
+    values[-1, -1] = -np.inf
+    write_checkpoint(tmp_path, CASE.config, CASE.tensors, **{name.replace(".", "__"): values})
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite weights"):
+        open_model(tmp_path, engine, dtype)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "dim"), [(3, 5, 64), (2, 7, 8), (3, 4, 18)])
+def test_heads_are_merged_as_they_lie_and_as_they_should(heads, tokens, dim, engine):
+    x = sys.modules["cupy"].asarray(np.random.default_rng(0).standard_normal((heads, tokens, dim)).astype(np.float16))
+    expected = np.asarray(x).transpose(1, 0, 2).reshape(tokens, heads * dim)
+    np.testing.assert_array_equal(engine.layers.merge_heads(x), expected)
+    by_token = sys.modules["cupy"].ascontiguousarray(x.transpose(1, 0, 2)).transpose(1, 0, 2)
+    np.testing.assert_array_equal(engine.layers.merge_heads(by_token), expected)
+
+
 def test_memory_that_runs_out_on_the_way_is_one_sentence(folder, engine, monkeypatch):
     model = open_model(folder, engine)
     cache = model.new_cache(20)

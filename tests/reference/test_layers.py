@@ -99,3 +99,19 @@ def test_rotate_heads_fills_the_cache_and_the_summary(normed):
     expected.extend(k_room)
     np.testing.assert_array_equal(running.summary().kc, expected.summary().kc)
     layers.rotate_heads(qkv, table, norms, k_room, v_room, "dense", None)
+
+
+def test_merge_heads_puts_the_heads_of_a_token_side_by_side():
+    out = RNG.standard_normal((3, 5, 4))
+    merged = layers.merge_heads(out)
+    assert merged.shape == (5, 12)
+    np.testing.assert_array_equal(merged[2, 4:8], out[1, 2])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_every_number_that_is_not_finite_is_noticed_and_no_other(dtype):
+    largest = ml_dtypes.finfo(dtype).max
+    x = np.array([0, 1, -1, largest, -largest, ml_dtypes.finfo(dtype).tiny], dtype)
+    assert not layers.holds_not_finite(x)
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        assert layers.holds_not_finite(np.append(x, np.array([bad], dtype)))
