@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cupy
@@ -75,12 +76,22 @@ def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors:
     out, lse = new(plan.out_shape, q.array.dtype), new(plan.out_shape[:2], FLOAT32)
     memory = allocate(plan.once(work_layout).size)
     key = (attending, q[2:], k[2:], v[2:], heads_per_mask, words != 0, positions != 0, of_float16, on_hopper)
-    symbolic = (Rows(None, base(0), *q[2:]), Rows(None, base(1), *k[2:]), Rows(None, base(2), *v[2:]))
-    optional = (base(6) if words else 0, base(7) if counts else 0, base(8) if positions else 0)
-    program = plan.program(key, attending, *symbolic, base(3), base(4), base(5), *optional, heads_per_mask, plan, of_float16, on_hopper)
+    program = plan.programs.get(key)
+    if program is None:
+        some_q, some_k, some_v = (Rows(None, base(n), x.head_stride, x.row_stride) for n, x in enumerate((q, k, v)))
+        launches = attending(
+            some_q, some_k, some_v, base(3), base(4), base(5), base(6) if words else 0, base(7) if counts else 0,
+            base(8) if positions else 0, heads_per_mask, plan, of_float16, on_hopper,
+        )  # fmt: skip
+        program = plan.record(key, launches)
     program.run(q.address, k.address, v.address, out.data.ptr, lse.data.ptr, memory.ptr, words, counts, positions)
-    name = f"attend_{'sm90' if on_hopper else 'sm80'} d{problem.head_dim} S{problem.config.block_size}"
-    return Attended(out, lse, f"{name} {'float16' if of_float16 else 'bfloat16'}")
+    return Attended(out, lse, kernel_name(problem.head_dim, problem.config.block_size, on_hopper, of_float16))
+
+
+@lru_cache(maxsize=256)
+def kernel_name(head_dim: int, block_size: int, on_hopper: bool, of_float16: bool) -> str:
+    """What Trace.kernel says."""
+    return f"attend_{'sm90' if on_hopper else 'sm80'} d{head_dim} S{block_size} {'float16' if of_float16 else 'bfloat16'}"
 
 
 class Keys(NamedTuple):

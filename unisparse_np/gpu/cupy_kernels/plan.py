@@ -37,12 +37,12 @@ class Plan:
         self.out_shape = (problem.num_q_heads, problem.q_len, problem.head_dim)
         self.tile_rows = 64 if config.block_size == 64 else 128  # query rows of one item of the attention kernels
         self.num_items = problem.num_q_heads * ceil_div(problem.q_len, self.tile_rows)
+        self.programs: dict[tuple[Any, ...], Program] = {}
         self._results: dict[Callable[[Plan], Any], Any] = {}
         self._shapes: dict[tuple[int, int], np.ndarray] = {}
         self._packed: dict[tuple[int, bool], bytes] = {}
         self._kernels: dict[tuple[str, bool], Any] = {}
         self._launchers: dict[tuple[str, bool], Launcher] = {}
-        self._programs: dict[tuple[Any, ...], Program] = {}
 
     def once(self, function: Callable[[Plan], Result]) -> Result:
         """function(plan), worked out at the first call only."""
@@ -50,11 +50,10 @@ class Plan:
             self._results[function] = function(self)
         return self._results[function]
 
-    def program(self, key: tuple[Any, ...], launches: Callable[..., Iterable[Launch]], *arguments: Any) -> Program:
-        """launches(*arguments) recorded; once for each key, which says all that the launches depend on besides this plan."""
-        if key not in self._programs:
-            self._programs[key] = Program(launches(*arguments))
-        return self._programs[key]
+    def record(self, key: tuple[Any, ...], launches: Iterable[Launch]) -> Program:
+        """The launches as a Program, to be found again in `programs`. key says all that they depend on besides this plan."""
+        self.programs[key] = Program(launches)
+        return self.programs[key]
 
     def shape(self, heads_per_mask: int = 1, with_anchors: bool = True) -> np.ndarray:
         """The struct of cuda/shape.cuh."""

@@ -114,10 +114,14 @@ def _select(
     if keep_scores or plan.once(adds_to_scores):
         clear_scores(*score_arrays(memory, layout, plan))
     key = (selection, queries[2:], keys[2:], kc[2:], anchors is None, of_float16, keep_scores)
-    symbolic = [Rows(None, base(n), *x[2:]) if x.address else NO_ROWS for n, x in enumerate((queries, keys, kc))]
-    program = plan.program(
-        key, selection, *symbolic, *map(base, range(3, 7)), 0 if anchors is None else base(7), plan, of_float16, keep_scores
-    )
+    program = plan.programs.get(key)
+    if program is None:
+        some_q, some_k, some_kc = (
+            Rows(None, base(n), x.head_stride, x.row_stride) if x.address else NO_ROWS for n, x in enumerate((queries, keys, kc))
+        )
+        anchors_at = 0 if anchors is None else base(7)
+        launches = selection(some_q, some_k, some_kc, base(3), base(4), base(5), base(6), anchors_at, plan, of_float16, keep_scores)
+        program = plan.record(key, launches)
     program.run(
         queries.address, keys.address, kc.address, 0 if q_composites is None else q_composites.data.ptr, memory.ptr,
         mask.words.data.ptr, mask.counts.data.ptr, 0 if anchors is None else anchors.data.ptr,
