@@ -61,3 +61,8 @@ def test_layers_are_those_of_the_reference():
     inner = {"widen"}  # how the reference does it
     assert {name for name in public if not name.startswith("_")} - inner <= vars(mine).keys()
     assert {"HELD_DTYPES", "memory", "xp"} <= vars(mine).keys()
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(InvalidInput, match="the numba backend runs in one process"):
+        load_backend("numba").take_device(0, 2)
