@@ -158,7 +158,7 @@ def test_poison_a_query_may_not_see_does_not_reach_it(dense):
 
 
 PLANTED = {
-    "a key too many is visible": ("decode_attention.cu", "position[k] <= rows.last[n][e]", "position[k] <= rows.last[n][e] + 1"),
+    "a key too many is visible": ("decode_attention.cu", "position[k] <= last[n][e]", "position[k] <= last[n][e] + 1"),
     "another head's blocks": ("decode_work.cuh", "TILE + lane, (uint32_t)entry.y}", "TILE + lane, 0xffffffffu}"),
     "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~mask.rows_that_selected", "key.rows = mask.rows_that_selected"),
     "a split is left out": (
@@ -166,7 +166,7 @@ PLANTED = {
         "i = warp; i < count; i += WARPS) {\n    const float4*",
         "i = warp + 1; i < count; i += WARPS) {\n    const float4*",
     ),
-    "an old maximum": ("decode_attention.cu", "      rows.max[n][e] = highest;\n", ""),
+    "an old maximum": ("decode_attention.cu", "        max[n][e] = highest;\n", ""),
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
     "the open block is not pooled": ("decode_select.cu", "if (opens) pool_open_block", "if (false) pool_open_block"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),

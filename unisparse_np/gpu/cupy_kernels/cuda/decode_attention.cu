@@ -23,39 +23,94 @@
 
 #define LN_2 0.6931471805599453f
 
-struct Rows {  // what a lane knows of the two rows 2 t and 2 t + 1 of each row tile
+struct Rows {  // a lane's part of its group: rows 2 t and 2 t + 1 of each row tile
   int last[ROW_TILES][2];  // key position that the row sees last; -1 for a row that does not exist
   float max[ROW_TILES][2], sum[ROW_TILES][2];  // the sum is over this lane's keys
+  float out[ROW_TILES][VALUE_PIECES][4][4];    // as ValueTile has it
+
+  DEVICE Rows(const Shape& shape, const Group& group) {
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = 8 * n + 2 * t + e;
+        last[n][e] = row < group.count ? last_visible_key(shape, group.query(row)) : -1;
+        max[n][e] = -INFINITY_F;
+        sum[n][e] = 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < VALUE_PIECES; ++i)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) out[n][i][w][0] = out[n][i][w][1] = out[n][i][w][2] = out[n][i][w][3] = 0.f;
+    }
+  }
+
+  // Scores z of 16 keys become their weights; what was summed before is scaled to the new maxima.
+  DEVICE void weigh(float (&z)[ROW_TILES][4], Key key, float scale_log2) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int position[2];
+    uint32_t seen_by[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      position[k] = __shfl_sync(0xffffffffu, key.position, g + 8 * k);
+      seen_by[k] = __shfl_sync(0xffffffffu, key.rows, g + 8 * k);
+    }
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const bool seen = position[k] >= 0 && position[k] <= last[n][e] && (seen_by[k] >> (8 * n + 2 * t + e) & 1);
+          z[n][2 * k + e] = seen ? z[n][2 * k + e] * scale_log2 : -INFINITY_F;
+        }
+        const float highest = fmaxf(max[n][e], max_over_keys(fmaxf(z[n][e], z[n][2 + e])));
+        const float base = highest == -INFINITY_F ? 0.f : highest, shrink = exp2_fast(max[n][e] - base);
+        z[n][e] = exp2_fast(z[n][e] - base);
+        z[n][2 + e] = exp2_fast(z[n][2 + e] - base);
+        sum[n][e] = sum[n][e] * shrink + z[n][e] + z[n][2 + e];
+        max[n][e] = highest;
+#pragma unroll
+        for (int i = 0; i < VALUE_PIECES; ++i)
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            out[n][i][w][e] *= shrink;
+            out[n][i][w][2 + e] *= shrink;
+          }
+      }
+  }
+  DEVICE void add(const float (&weights)[ROW_TILES][4], const ValueTile& values) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n) {
+      const uint32_t pairs[2] = {transpose_pairs(pack(weights[n][0], weights[n][1])), transpose_pairs(pack(weights[n][2], weights[n][3]))};
+      values.accumulate(out[n], pairs);
+    }
+  }
+  // This warp's outputs [ROWS][HEAD_DIM] and {max, sum} [ROWS], to shared memory.
+  DEVICE void write(float* outputs, float2* statistics) const {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = 8 * n + 2 * t + e;
+        const float total = sum_over_keys(sum[n][e]);
+        if (g == 0) statistics[row] = make_float2(max[n][e], total);
+#pragma unroll
+        for (int i = 0; i < VALUE_PIECES; ++i)
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            const int dim = 64 * i + 8 * g + 2 * w;
+            if (dim < HEAD_DIM) *(float2*)(outputs + row * HEAD_DIM + dim) = make_float2(out[n][i][w][e], out[n][i][w][2 + e]);
+          }
+      }
+  }
 };
 
-// Scores of 16 keys to weights, with the running maxima; shrink[n][e] is what earlier outputs of the row are worth now.
-DEVICE void softmax_step(float (&z)[ROW_TILES][4], float (&shrink)[ROW_TILES][2], Rows& rows, Key key, float scale_log2) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int position[2];
-  uint32_t seen_by[2];
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    position[k] = __shfl_sync(0xffffffffu, key.position, g + 8 * k);
-    seen_by[k] = __shfl_sync(0xffffffffu, key.rows, g + 8 * k);
-  }
-#pragma unroll
-  for (int n = 0; n < ROW_TILES; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const bool seen = position[k] >= 0 && position[k] <= rows.last[n][e] && (seen_by[k] >> (8 * n + 2 * t + e) & 1);
-        z[n][2 * k + e] = seen ? z[n][2 * k + e] * scale_log2 : -INFINITY_F;
-      }
-      const float highest = fmaxf(rows.max[n][e], max_over_keys(fmaxf(z[n][e], z[n][2 + e])));
-      const float base = highest == -INFINITY_F ? 0.f : highest;
-      shrink[n][e] = exp2_fast(rows.max[n][e] - base);
-      z[n][e] = exp2_fast(z[n][e] - base);
-      z[n][2 + e] = exp2_fast(z[n][2 + e] - base);
-      rows.sum[n][e] = rows.sum[n][e] * shrink[n][e] + z[n][e] + z[n][2 + e];
-      rows.max[n][e] = highest;
-    }
-}
+struct Product {
+  DEVICE void operator()(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const { mma(d, a, b0, b1); }
+};
 
 struct Cache {  // keys or values of one KV head
   const uint16_t* data;
@@ -111,7 +166,7 @@ DEVICE void merge_warps(float* found, float2* statistics, const float* outputs, 
 }
 
 // The share of each of `count` thread blocks in row `row`, to weights [count]; returns the row's log-sum-exp. One warp.
-DEVICE float weigh(float* weights, const float2* statistics, int row, int count) {
+DEVICE float weights_of_row(float* weights, const float2* statistics, int row, int count) {
   const int lane = threadIdx.x & 31;
   float highest = -INFINITY_F, sum = 0.f;
   for (int i = lane; i < count; i += 32) highest = fmaxf(highest, statistics[i * ROWS + row].x);
@@ -153,6 +208,23 @@ DEVICE void merge_thread_blocks(float* sums, const float* found, const float* we
     if (32 * c + lane < columns) ((float4*)(sums + warp * ROWS * HEAD_DIM))[32 * c + lane] = sum[c];
 }
 
+// One row of the output from the warps' sums, [WARPS] apart by ROWS * HEAD_DIM; whether it is finite. One warp.
+DEVICE bool write_row(uint16_t* out, const float* sums) {
+  float not_finite = 0.f;
+  for (int dim = 2 * (threadIdx.x & 31); dim < HEAD_DIM; dim += 64) {
+    float x = 0.f, y = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const float2 both = *(const float2*)(sums + w * ROWS * HEAD_DIM + dim);
+      x += both.x;
+      y += both.y;
+    }
+    *(uint32_t*)(out + dim) = pack(x, y);
+    not_finite += (x + y) * 0.f;
+  }
+  return !__any_sync(0xffffffffu, not_finite != 0.f);
+}
+
 // Grid: as many thread blocks as the GPU holds at once. Strides in elements, last axis contiguous; output [Hq, q_len, d], lse [Hq, q_len] or null.
 // position: of the first query, in device memory, the last query's key being the last (null: the shape says both). words
 // [mask rows, words_per_row], null for dense attention; anchors [Hkv, num_k_blocks, r], null with key_anchors 0.
@@ -172,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   const uint32_t q_rows = shared_address(row_pieces);
   int2* list = (int2*)(row_pieces + ROW_TILES * ROWS_BYTES);
   int* tiles_of_group = (int*)(list + list_room);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 
   let_next_launch_start();
   if (words) wait_for_launch_before();
@@ -212,63 +284,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   }
   wait_for_launch_before();
   stage_rows(q_rows, queries, q_head_stride, q_row_stride, group);
-  Rows rows;
-  float o[ROW_TILES][VALUE_PIECES][4][4];
-#pragma unroll
-  for (int n = 0; n < ROW_TILES; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = 8 * n + 2 * t + e;
-      rows.last[n][e] = row < group.count ? last_visible_key(shape, group.query(row)) : -1;
-      rows.max[n][e] = -INFINITY_F;
-      rows.sum[n][e] = 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < VALUE_PIECES; ++i)
-#pragma unroll
-      for (int w = 0; w < 4; ++w) o[n][i][w][0] = o[n][i][w][1] = o[n][i][w][2] = o[n][i][w][3] = 0.f;
-  }
+  Rows rows(shape, group);
   __syncthreads();
   for (int i = warp; i < count; i += WARPS) {
     const Key key = next;
     const bool more = i + WARPS < count;
-    float z[ROW_TILES][4], shrink[ROW_TILES][2];
+    float z[ROW_TILES][4];
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; ++n) k.multiply(z[n], q_rows + n * ROWS_BYTES, [](float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(d, a, b0, b1); });
+    for (int n = 0; n < ROW_TILES; ++n) k.multiply(z[n], q_rows + n * ROWS_BYTES, Product());
     if (more) {
       next = tiles.at(i + WARPS);
       load_keys(k, k_cache, next);
     }
-    softmax_step(z, shrink, rows, key, shape.scale_log2);
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; ++n) {
-#pragma unroll
-      for (int j = 0; j < VALUE_PIECES; ++j)
-#pragma unroll
-        for (int w = 0; w < 4; ++w)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[n][j][w][e] *= shrink[n][e & 1];
-      const uint32_t weights[2] = {transpose_pairs(pack(z[n][0], z[n][1])), transpose_pairs(pack(z[n][2], z[n][3]))};
-      v.accumulate(o[n], weights);
-    }
+    rows.weigh(z, key, shape.scale_log2);
+    rows.add(z, v);
     if (more) load_values(v, v_cache, next);
   }
-
-#pragma unroll
-  for (int n = 0; n < ROW_TILES; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = 8 * n + 2 * t + e;
-      const float sum = sum_over_keys(rows.sum[n][e]);
-      if (g == 0) warp_statistics[warp * ROWS + row] = make_float2(rows.max[n][e], sum);
-#pragma unroll
-      for (int i = 0; i < VALUE_PIECES; ++i)
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const int dim = 64 * i + 8 * g + 2 * w;
-          if (dim < HEAD_DIM) *(float2*)(outputs + (warp * ROWS + row) * HEAD_DIM + dim) = make_float2(o[n][i][w][e], o[n][i][w][2 + e]);
-        }
-    }
+  rows.write(outputs + warp * ROWS * HEAD_DIM, warp_statistics + warp * ROWS);
   __syncthreads();
   merge_warps(found + (int64_t)blockIdx.x * ROWS * HEAD_DIM, statistics + blockIdx.x * ROWS, outputs, warp_statistics, group.count);
 
@@ -285,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   if (threadIdx.x == 0) arrived[share.group] = 0;
   statistics += share.first * ROWS;
   for (int row = warp; row < group.count; row += WARPS) {
-    const float log_sum = weigh(weights + row * gridDim.x, statistics, row, share.count);
+    const float log_sum = weights_of_row(weights + row * gridDim.x, statistics, row, share.count);
     if (lse && lane == 0) lse[group.head(row) * shape.q_len + group.query(row)] = log_sum;
   }
   __syncthreads();
@@ -294,20 +326,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   for (int row = warp; row < group.count; row += WARPS) {
     const int head = group.head(row), query = group.query(row);
     uint16_t* out = output + ((int64_t)head * shape.q_len + query) * HEAD_DIM;
-    float broken = 0.f;
-    for (int dim = 2 * lane; dim < HEAD_DIM; dim += 64) {
-      float x = 0.f, y = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) {
-        const float2 both = *(const float2*)(outputs + (w * ROWS + row) * HEAD_DIM + dim);
-        x += both.x;
-        y += both.y;
-      }
-      *(uint32_t*)(out + dim) = pack(x, y);
-      broken += (x + y) * 0.f;
-    }
-    if (__any_sync(0xffffffffu, broken != 0.f))
-      attend_one_row(queries + head * q_head_stride + query * q_row_stride, k_cache.data, v_cache.data, out, k_row_stride, v_row_stride, shape,
-                     words, anchors, head, query);
+    if (write_row(out, outputs + row * HEAD_DIM)) continue;
+    attend_one_row(queries + head * q_head_stride + query * q_row_stride, k_cache.data, v_cache.data, out, k_row_stride, v_row_stride, shape,
+                   words, anchors, head, query);
   }
 }
