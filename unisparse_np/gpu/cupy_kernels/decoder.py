@@ -156,7 +156,7 @@ class Decoder:
         outputs = (self._q, step.keys, step.values)
         ahead = self._ahead(step)
         layers.launch_rotation(self._qkv, self._table, norms, self._position, outputs, None, overlap=overlap, ahead=ahead)
-        step.attention.launch(self._q[:, 0], step.keys, step.values, self._position, step.summary, self._attended)
+        step.attention.launch(self._q[:, 0], step.keys, step.values, self._position, step.summary, self._attended, overlap)
         self._add_product(self._attended, weights.output, weights.output_bias)
 
     def _add_product(self, y: Any, weight: Any, bias: Any) -> None:
