@@ -26,11 +26,12 @@ def on_gpu(x: Any) -> bool:
 
 def dtype_name(x: Any) -> str:
     """ "float32" for NumPy's, CuPy's, PyTorch's and JAX's float32 alike."""
-    return _name_of(x.dtype)
+    return name_of_dtype(x.dtype)
 
 
 @lru_cache(maxsize=256)
-def _name_of(dtype: Any) -> str:
+def name_of_dtype(dtype: Any) -> str:
+    """The same of a dtype."""
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 

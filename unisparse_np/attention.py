@@ -6,7 +6,7 @@ import importlib
 from functools import lru_cache
 from typing import Any, Literal
 
-from .arrays import check_array, dtype_name, on_gpu
+from .arrays import check_array, name_of_dtype, on_gpu
 from .config import UniSparseConfig
 from .errors import BackendUnavailable, InvalidInput
 from .problem import KeySummary, Problem
@@ -178,25 +178,32 @@ def _check_config(config: object) -> None:
 
 def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q_offset: int | None, scale: float | None) -> Problem:
     """The Problem that the shapes of q, k, v make. Raises InvalidInput when they do not fit together."""
-    shapes = {name: tuple(x.shape) for name, x in (("q", q), ("k", k), ("v", v))}
-    if len({(dtype_name(x), type(x)) for x in (q, k, v)}) > 1:
-        kinds = ", ".join(f"{name} {type(x).__name__} {dtype_name(x)}" for name, x in (("q", q), ("k", k), ("v", v)))
-        raise InvalidInput(f"q, k and v differ in kind ({kinds}): give all three in one dtype from one library")
-    if len(shapes["q"]) not in (3, 4) or any(len(shape) != len(shapes["q"]) for shape in shapes.values()):
-        raise InvalidInput(
-            f"q {shapes['q']}, k {shapes['k']}, v {shapes['v']}: give q [Hq, Lq, d] and k, v [Hkv, Lk, d], all or none with a batch axis"
-        )
-    if shapes["k"] != shapes["v"]:
-        raise InvalidInput(f"k {shapes['k']} and v {shapes['v']} differ in shape: both are [Hkv, Lk, d]")
-    if shapes["q"][-1] != shapes["k"][-1]:
-        raise InvalidInput(f"q has head_dim {shapes['q'][-1]} and k has {shapes['k'][-1]}: they must be equal")
-    if shapes["q"][:-3] != shapes["k"][:-3]:
-        raise InvalidInput(f"q has batch {shapes['q'][0]} and k, v have {shapes['k'][0]}: they must be equal")
-    if 0 in shapes["q"][:-3]:
-        raise InvalidInput(f"q {shapes['q']} has an empty batch: give at least one item")
-    heads, q_len, head_dim = shapes["q"][-3:]
-    scale = None if scale is None else float(scale)
-    return _problem(heads, shapes["k"][-3], q_len, shapes["k"][-2], head_dim, config, causal, q_offset, scale)
+    kinds = tuple((type(x), x.dtype) for x in (q, k, v))
+    shapes = tuple(x.shape for x in (q, k, v))
+    return _fitting_problem(kinds, shapes, config, causal, q_offset, None if scale is None else float(scale))
+
+
+@lru_cache(maxsize=1024)
+def _fitting_problem(
+    kinds: tuple[tuple[type, Any], ...], shapes: tuple[tuple[int, ...], ...], config: AttentionConfig, causal: bool, q_offset: int | None,
+    scale: float | None,
+) -> Problem:  # fmt: skip
+    """Checked once for equal calls."""
+    if len(set(kinds)) > 1:
+        named = ", ".join(f"{name} {kind.__name__} {name_of_dtype(dtype)}" for name, (kind, dtype) in zip("qkv", kinds, strict=True))
+        raise InvalidInput(f"q, k and v differ in kind ({named}): give all three in one dtype from one library")
+    q, k, v = map(tuple, shapes)
+    if len(q) not in (3, 4) or len(k) != len(q) or len(v) != len(q):
+        raise InvalidInput(f"q {q}, k {k}, v {v}: give q [Hq, Lq, d] and k, v [Hkv, Lk, d], all or none with a batch axis")
+    if k != v:
+        raise InvalidInput(f"k {k} and v {v} differ in shape: both are [Hkv, Lk, d]")
+    if q[-1] != k[-1]:
+        raise InvalidInput(f"q has head_dim {q[-1]} and k has {k[-1]}: they must be equal")
+    if q[:-3] != k[:-3]:
+        raise InvalidInput(f"q has batch {q[0]} and k, v have {k[0]}: they must be equal")
+    if 0 in q[:-3]:
+        raise InvalidInput(f"q {q} has an empty batch: give at least one item")
+    return _problem(q[-3], k[-3], q[-2], k[-2], q[-1], config, causal, q_offset, scale)
 
 
 @lru_cache(maxsize=1024)
@@ -205,7 +212,7 @@ def _problem(
     scale: float | None,
 ) -> Problem:  # fmt: skip
     """Made and checked once for the layers of a model, which all have the same one."""
-    sparse = UniSparseConfig() if config == "dense" else config
+    sparse = DEFAULT_CONFIG if config == "dense" else config
     return Problem(num_q_heads, num_kv_heads, q_len, k_len, head_dim, sparse, causal, q_offset, scale)
 
 
