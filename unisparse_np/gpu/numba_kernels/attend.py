@@ -28,7 +28,7 @@ from .anchors import find_anchors
 from .attended import attended_position, list_attended
 from .device import DeviceArray, computing, empty, hand_back, to_device
 from .shapes import first_query_position
-from .tile import attention_tile, product_adder, slice_loader
+from .tile import ALIGNMENT, PAD, attention_tile, product_adder, slice_loader
 
 
 def sparse_attention(q: Any, k: Any, v: Any, mask: Any, problem: Problem, key_summary: KeySummary | None = None) -> tuple[Any, Any]:
@@ -87,20 +87,25 @@ def attention_kernel(real: type, head_dim: int) -> Any:
     THREADS, ROWS, KEYS, SLICE, VALUE_KEYS = tile
     TILE_ROWS, TILE_KEYS = THREADS * ROWS, THREADS * KEYS
     NUM_THREADS = THREADS * THREADS
-    DIMS = ceil_div(head_dim, THREADS)  # of the output, owned by one thread
+    DIMS = 4 * ceil_div(head_dim, 4 * THREADS)  # of the output, owned by one thread
     WIDTH = DIMS * THREADS
     VALUES = ceil_div(VALUE_KEYS, THREADS)  # keys whose values one thread brings
-    ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + 1), (SLICE, TILE_KEYS + 1), (TILE_ROWS, TILE_KEYS + 1)  # padded: tile.py
+    ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + PAD), (SLICE, TILE_KEYS + PAD), (TILE_ROWS, TILE_KEYS + PAD)
     ROWS_HELD, KEYS_HELD = (ROWS, SLICE // THREADS), (KEYS, SLICE // THREADS)
     LOWEST, ZERO = real(-math.inf), real(0)
     (fetch_slice, keep_slice), add_products = slice_loader(tile), product_adder(tile)
+
+    @cuda.jit(device=True)
+    def own_dim(d, tx):
+        """The d-th dim of thread tx: four side by side, then four of the next 4 THREADS dims, ..."""
+        return (d // 4 * THREADS + tx) * 4 + d % 4
 
     @cuda.jit
     def attention(q, k, v, kept_blocks, kept_anchors, counts, group_size, block_size, first_position, scale, out, lse):
         """CUDA block (t, n, h): tile t, TILE_ROWS rows, of the n-th query block from the end, query head h.
 
-        Thread (ty, tx): rows ty, ty + THREADS, ...; keys tx, tx + THREADS, ... of each tile of keys (tile.py); dims tx,
-        tx + THREADS, ... of the output rows. The longest rows start first, so that the last blocks to run are short.
+        Thread (ty, tx): ROWS rows, KEYS keys of each tile of keys (tile.py), DIMS dims of the output rows (own_dim). The longest
+        rows start first, so that the last blocks to run are short.
         """
         h = cuda.blockIdx.z
         i = cuda.gridDim.y - 1 - cuda.blockIdx.y
@@ -110,10 +115,10 @@ def attention_kernel(real: type, head_dim: int) -> Any:
 
         query_rows = cuda.shared.array(TILE_ROWS, np.int32)  # rows of q in this tile, -1 past the last
         positions = cuda.shared.array(TILE_KEYS, np.int32)  # keys in this tile, -1 past the last
-        q_slice = cuda.shared.array(ROW_SLICE, real)
-        k_slice = cuda.shared.array(KEY_SLICE, real)
-        v_slice = cuda.shared.array((VALUE_KEYS, WIDTH), real)
-        weights = cuda.shared.array(SQUARE, real)
+        q_slice = cuda.shared.array(ROW_SLICE, real, ALIGNMENT)
+        k_slice = cuda.shared.array(KEY_SLICE, real, ALIGNMENT)
+        v_slice = cuda.shared.array((VALUE_KEYS, WIDTH), real, ALIGNMENT)
+        weights = cuda.shared.array(SQUARE, real, ALIGNMENT)
         of_threads = cuda.shared.array((TILE_ROWS, THREADS), real)  # one number of each thread of a row
         q_held = cuda.local.array(ROWS_HELD, real)  # on the way from memory to q_slice
         k_held = cuda.local.array(KEYS_HELD, real)
@@ -168,8 +173,8 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                 for n in range(KEYS):
                     scores[m, n] *= real(scale)
                     if hidden != 0:
-                        position = positions[tx + n * THREADS]
-                        if position < 0 or position > first_position + first_row + ty + m * THREADS:  # the causal rule
+                        position = positions[tx * KEYS + n]
+                        if position < 0 or position > first_position + first_row + ty * ROWS + m:  # the causal rule
                             scores[m, n] = LOWEST
 
             # ---- highest' = max(highest, scores): each thread its own keys, then all threads of a row ----
@@ -177,12 +182,12 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                 best = LOWEST
                 for n in range(KEYS):
                     best = max(best, scores[m, n])
-                of_threads[ty + m * THREADS, tx] = best
+                of_threads[ty * ROWS + m, tx] = best
             cuda.syncthreads()
 
             # ---- weight = exp(score - highest'); total and sums shrink to the new highest ----
             for m in range(ROWS):
-                row = ty + m * THREADS
+                row = ty * ROWS + m
                 best = highest[m]
                 for t in range(THREADS):
                     best = max(best, of_threads[row, t])
@@ -195,7 +200,7 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                 for n in range(KEYS):
                     w = real(math.exp(scores[m, n] - base))
                     total[m] += w
-                    weights[row, tx + n * THREADS] = w
+                    weights[row, tx * KEYS + n] = w
 
             # ---- sums += weight * v, a few keys at a time ----
             for first in range(0, TILE_KEYS, VALUE_KEYS):
@@ -214,15 +219,15 @@ def attention_kernel(real: type, head_dim: int) -> Any:
                 n = 0
                 while n < VALUE_KEYS:  # not range: see tile.py
                     for m in range(ROWS):
-                        weight[m] = weights[ty + m * THREADS, first + n]
+                        weight[m] = weights[ty * ROWS + m, first + n]
                     if hidden == 0:
                         for d in range(DIMS):
-                            value = v_slice[n, tx + d * THREADS]
+                            value = v_slice[n, own_dim(d, tx)]
                             for m in range(ROWS):
                                 sums[m, d] += weight[m] * value
                     else:
                         for d in range(DIMS):
-                            value = v_slice[n, tx + d * THREADS]
+                            value = v_slice[n, own_dim(d, tx)]
                             for m in range(ROWS):
                                 if weight[m] != 0:  # 0 * NaN is NaN: what a row may not see must not be multiplied
                                     sums[m, d] += weight[m] * value
@@ -230,18 +235,18 @@ def attention_kernel(real: type, head_dim: int) -> Any:
 
         # ---- out = sums / total, lse = highest + log(total) ----
         for m in range(ROWS):
-            of_threads[ty + m * THREADS, tx] = total[m]
+            of_threads[ty * ROWS + m, tx] = total[m]
         cuda.syncthreads()
         for m in range(ROWS):
-            row = first_row + ty + m * THREADS
+            row = first_row + ty * ROWS + m
             if row < last_row:
                 whole = ZERO
                 for t in range(THREADS):
-                    whole += of_threads[ty + m * THREADS, t]
+                    whole += of_threads[ty * ROWS + m, t]
                 empty_row = whole == 0  # nothing to attend: out is 0, lse is -inf
                 for d in range(DIMS):
-                    if tx + d * THREADS < head_dim:
-                        out[h, row, tx + d * THREADS] = ZERO if empty_row else sums[m, d] / whole
+                    if own_dim(d, tx) < head_dim:
+                        out[h, row, own_dim(d, tx)] = ZERO if empty_row else sums[m, d] / whole
                 if tx == 0:
                     lse[h, row] = LOWEST if empty_row else highest[m] + real(math.log(whole))
 

@@ -21,7 +21,7 @@ from numba import cuda
 from ...problem import Problem
 from .device import computing, empty, hand_back
 from .shapes import shapes_of
-from .tile import product_adder, score_tile, slice_loader
+from .tile import ALIGNMENT, PAD, product_adder, score_tile, slice_loader
 
 
 def score_blocks(qc: Any, kc: Any, problem: Problem) -> tuple[Any, Any]:
@@ -58,7 +58,7 @@ def score_kernel(real: type) -> Any:
     THREADS, ROWS, KEYS, SLICE, _ = tile
     TILE_ROWS, TILE_KEYS = THREADS * ROWS, THREADS * KEYS
     NUM_THREADS = THREADS * THREADS
-    ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + 1), (SLICE, TILE_KEYS + 1), (TILE_ROWS, TILE_KEYS + 1)  # padded: tile.py
+    ROW_SLICE, KEY_SLICE, SQUARE = (SLICE, TILE_ROWS + PAD), (SLICE, TILE_KEYS + PAD), (TILE_ROWS, TILE_KEYS + PAD)
     ROWS_HELD, KEYS_HELD = (ROWS, SLICE // THREADS), (KEYS, SLICE // THREADS)
     LOWEST, ZERO = real(-math.inf), real(0)
     (fetch_slice, keep_slice), add_products = slice_loader(tile), product_adder(tile)
@@ -99,10 +99,10 @@ def score_kernel(real: type) -> Any:
         query_rows = cuda.shared.array(TILE_ROWS, np.int32)  # composite queries of this tile, -1 past the last
         key_rows = cuda.shared.array(TILE_KEYS, np.int32)  # composite keys of this tile, -1 past the last
         limits = cuda.shared.array(TILE_ROWS, np.int32)  # composite keys before this one are visible to the row
-        q_slice = cuda.shared.array(ROW_SLICE, real)
-        k_slice = cuda.shared.array(KEY_SLICE, real)
-        weights = cuda.shared.array(SQUARE, real)  # exp(Z - highest)
-        mass = cuda.shared.array(SQUARE, real)  # the same, summed per key block
+        q_slice = cuda.shared.array(ROW_SLICE, real, ALIGNMENT)
+        k_slice = cuda.shared.array(KEY_SLICE, real, ALIGNMENT)
+        weights = cuda.shared.array(SQUARE, real, ALIGNMENT)  # exp(Z - highest)
+        mass = cuda.shared.array(SQUARE, real, ALIGNMENT)  # the same, summed per key block
         highest_of_thread = cuda.shared.array((TILE_ROWS, THREADS), real)
         total_of_thread = cuda.shared.array((TILE_ROWS, THREADS), real)
         highest = cuda.shared.array(TILE_ROWS, real)
@@ -141,15 +141,15 @@ def score_kernel(real: type) -> Any:
                 tile_logits(logits, part, queries, keys, query_rows, key_rows, q_slice, k_slice, scale, ty, tx)
                 for m in range(ROWS):
                     for n in range(KEYS):
-                        if tile_key + tx + n * THREADS < limits[ty + m * THREADS]:
+                        if tile_key + tx * KEYS + n < limits[ty * ROWS + m]:
                             z = logits[m, n]
                             if z > my_highest[m]:  # online softmax: bring the sum so far to the new maximum
                                 my_total[m] *= real(math.exp(my_highest[m] - z))
                                 my_highest[m] = z
                             my_total[m] += real(math.exp(z - my_highest[m]))
             for m in range(ROWS):
-                highest_of_thread[ty + m * THREADS, tx] = my_highest[m]
-                total_of_thread[ty + m * THREADS, tx] = my_total[m]
+                highest_of_thread[ty * ROWS + m, tx] = my_highest[m]
+                total_of_thread[ty * ROWS + m, tx] = my_total[m]
             cuda.syncthreads()
             for m in range(thread, TILE_ROWS, NUM_THREADS):  # then over the threads of a row
                 best = LOWEST
@@ -175,12 +175,12 @@ def score_kernel(real: type) -> Any:
                         key_rows[n] = tile_key + n if tile_key + n < stop else -1
                     tile_logits(logits, part, queries, keys, query_rows, key_rows, q_slice, k_slice, scale, ty, tx)
                     for m in range(ROWS):
-                        row = ty + m * THREADS
+                        row = ty * ROWS + m
                         for n in range(KEYS):
                             weight = ZERO
-                            if tile_key + tx + n * THREADS < min(stop, limits[row]):
+                            if tile_key + tx * KEYS + n < min(stop, limits[row]):
                                 weight = real(math.exp(logits[m, n] - highest[row]))
-                            weights[row, tx + n * THREADS] = weight
+                            weights[row, tx * KEYS + n] = weight
                     cuda.syncthreads()
                     for item in range(thread, TILE_ROWS * blocks_per_group, NUM_THREADS):
                         row, b = item // blocks_per_group, item % blocks_per_group

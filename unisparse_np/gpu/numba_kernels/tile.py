@@ -3,11 +3,12 @@
 A CUDA block of THREADS x THREADS threads computes the tile `sums[row, key] = sum over dims of a[row, dim] * b[key, dim]`.
 
 * Shared memory holds a *slice* of the tile: all rows and all keys, but only SLICE dims of them, so any head_dim fits.
-* Thread (ty, tx) owns rows ty, ty + THREADS, ty + 2 THREADS, ... and keys tx, tx + THREADS, ...: a small square in
-  registers. One number read from shared memory is used once for each row (or key) of the square, which is what makes the
-  kernel fast: a thread a score would read two numbers for every multiplication.
-* A slice is stored dim by dim, [SLICE, rows + 1]: neighbouring threads read neighbouring keys, and write down a column whose
-  steps the one extra place makes odd. Either way the 32 threads of a warp meet 32 different banks of shared memory.
+* Thread (ty, tx) owns the ROWS rows from ty * ROWS on and the KEYS keys from tx * KEYS on: a small square in registers. One
+  number read from shared memory is used once for each row (or key) of the square, which is what makes the kernel fast: a
+  thread a score would read two numbers for every multiplication.
+* A slice is stored dim by dim, [SLICE, rows + PAD]: what a thread needs of one dim lies side by side, on a boundary of 16
+  bytes, and the compiler makes one instruction of four reads. With the extra places, columns (which are written) fall on
+  different banks of shared memory.
 
 In Numba's simulator a thread is a Python thread, so tiles are small there. The kernels are the same.
 """
@@ -21,6 +22,8 @@ import numpy as np
 from numba import config, cuda
 
 IN_SIMULATOR = bool(config.ENABLE_CUDASIM)
+PAD = 4  # extra places at the end of a row in shared memory; four numbers, so that the next row begins on 16 bytes again
+ALIGNMENT = None if IN_SIMULATOR else 16  # bytes; the simulator has no say in it
 
 
 class Tile(NamedTuple):
@@ -91,7 +94,7 @@ def product_adder(tile: Tile) -> Any:
 
     They are summed in `part` [ROWS, KEYS] first: short running sums round less.
     """
-    THREADS, ROWS, KEYS, SLICE = tile.threads, tile.rows, tile.keys, tile.slice
+    ROWS, KEYS, SLICE = tile.rows, tile.keys, tile.slice
 
     @cuda.jit(device=True)
     def add_products(sums, part, row_slice, key_slice, ty, tx):
@@ -102,7 +105,7 @@ def product_adder(tile: Tile) -> Any:
         while dim < SLICE:  # not range: through it the compiler loses sight of dim >= 0 and works out every address anew
             for m in range(ROWS):
                 for n in range(KEYS):  # both are unrolled, and each row and key is read once
-                    part[m, n] += row_slice[dim, ty + m * THREADS] * key_slice[dim, tx + n * THREADS]
+                    part[m, n] += row_slice[dim, ty * ROWS + m] * key_slice[dim, tx * KEYS + n]
             dim += 1
         for m in range(ROWS):
             for n in range(KEYS):
