@@ -55,7 +55,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-deps",
         "--target",
         str(folder),
-        "cupy-cuda12x>=13.4",
+        "cupy-cuda12x>=14.0",
         "cuda-pathfinder",
     ]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
