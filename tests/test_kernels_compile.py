@@ -45,8 +45,8 @@ def layer_cases(architecture):
 
 def plain_cases(architecture, dim, rows, query_rows):
     """The same of the plain kernels, in float32; two thread blocks of 256 threads fit a multiprocessor."""
-    # 64 rows at d 128: as many registers as there are, and a few of the loop's numbers too many
-    yield "plain_attend.cu", architecture, {"HEAD_DIM": dim, "TILE_ROWS": rows, "IS_FLOAT32": 1}, "attend_plain", 128, 32
+    most_spilled = 96 if architecture == "sm_100" else 0  # a few of the loop's numbers, where as many registers are used as there are
+    yield "plain_attend.cu", architecture, {"HEAD_DIM": dim, "TILE_ROWS": rows, "IS_FLOAT32": 1}, "attend_plain", 128, most_spilled
     yield "plain_scores.cu", architecture, {"HEAD_DIM": dim, "TILE_ROWS": query_rows}, "score_plain", 128, 0
     yield "plain_compress.cu", architecture, {"HEAD_DIM": dim, "IS_FLOAT32": 1}, "pool_plain", 64, 0
 

@@ -39,13 +39,26 @@ template <class T> DEVICE float4 load_chunk(const T* row, int chunk) {
 #endif
 }
 
-// tile[n] = factor * row number position(n) of `rows` for n < count, zeros where position(n) is negative. By the whole thread block.
-template <class T, class Position> DEVICE void load_tile(float4* tile, const T* rows, int64_t row_stride, int count, float factor, Position position) {
-#pragma unroll 4
-  for (int item = threadIdx.x; item < count * CHUNKS; item += THREADS) {
-    const int n = item / CHUNKS, chunk = item % CHUNKS, at = position(n);
-    const float4 x = at >= 0 ? load_chunk(rows + at * row_stride, chunk) : make_float4(0.f, 0.f, 0.f, 0.f);
-    tile[n * STRIDE + chunk] = make_float4(factor * x.x, factor * x.y, factor * x.z, factor * x.w);
+// tile[n] = factor * row number position(n) of `rows` for n < COUNT, zeros where position(n) is negative. By the whole thread block.
+// A thread's loads are all under way before the first is waited for: the compiler does not move them across its stores.
+template <int COUNT, class T, class Position> DEVICE void load_tile(float4* tile, const T* rows, int64_t row_stride, float factor, Position position) {
+  constexpr int EACH = (COUNT * CHUNKS + THREADS - 1) / THREADS, AT_ONCE = EACH < 8 ? EACH : 8;
+  constexpr bool NO_REST = COUNT * CHUNKS % (AT_ONCE * THREADS) == 0;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < COUNT * CHUNKS; first += AT_ONCE * THREADS) {
+    float4 held[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int item = first + i * THREADS, at = NO_REST || item < COUNT * CHUNKS ? position(item / CHUNKS) : -1;
+      held[i] = load_chunk(rows + max(at, 0) * row_stride, item % CHUNKS);  // some row: a branch would hold the next load up
+      if (at < 0) held[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int item = first + i * THREADS;
+      const float4 x = held[i];
+      if (NO_REST || item < COUNT * CHUNKS) tile[item / CHUNKS * STRIDE + item % CHUNKS] = make_float4(factor * x.x, factor * x.y, factor * x.z, factor * x.w);
+    }
   }
 }
 
@@ -65,7 +78,12 @@ template <int ROWS, int KEYS> DEVICE void multiply(float (&s)[ROWS][KEYS], const
 #pragma unroll
     for (int m = 0; m < ROWS; ++m)
 #pragma unroll
-      for (int n = 0; n < KEYS; ++n) s[m][n] += a[m].x * b[n].x + a[m].y * b[n].y + a[m].z * b[n].z + a[m].w * b[n].w;
+      for (int n = 0; n < KEYS; ++n) {
+        s[m][n] += a[m].x * b[n].x;
+        s[m][n] += a[m].y * b[n].y;
+        s[m][n] += a[m].z * b[n].z;
+        s[m][n] += a[m].w * b[n].w;
+      }
   }
 }
 

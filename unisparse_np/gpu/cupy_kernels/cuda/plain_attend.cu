@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_plain(
   const int last_row = min(min(shape.q_len, (q_block + 1) * shape.block_size), first_row + TILE_ROWS);
   if (first_row >= last_row) return;  // the last query block may be short of tiles
 
-  load_tile(q_tile, queries + head * q_head_stride, q_row_stride, TILE_ROWS, shape.scale_log2, [&](int n) { return first_row + n < last_row ? first_row + n : -1; });
+  load_tile<TILE_ROWS>(q_tile, queries + head * q_head_stride, q_row_stride, shape.scale_log2, [&](int n) { return first_row + n < last_row ? first_row + n : -1; });
   const Element* k = keys + kv_head * k_head_stride;
   const Element* v = values + kv_head * v_head_stride;
   Walk walk{shape, words, anchors + (int64_t)kv_head * shape.num_k_blocks * shape.key_anchors, head, q_block,
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_plain(
     bool hidden;
     if (walk.next(positions, hidden) == 0) break;
     __syncthreads();
-    load_tile(tile, k, k_row_stride, KEYS, 1.f, [&](int n) { return positions[n]; });
+    load_tile<KEYS>(tile, k, k_row_stride, 1.f, [&](int n) { return positions[n]; });
     __syncthreads();
     float s[OWN_ROWS][OWN_KEYS];
     multiply(s, q_tile, tile, ty, tx);
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_plain(
       }
     }
     __syncthreads();  // the keys are used up
-    load_tile(tile, v, v_row_stride, KEYS, 1.f, [&](int n) { return positions[n]; });
+    load_tile<KEYS>(tile, v, v_row_stride, 1.f, [&](int n) { return positions[n]; });
     __syncthreads();
     if (hidden) add_values<true>(out, weights, tile, ty, tx);
     else add_values<false>(out, weights, tile, ty, tx);

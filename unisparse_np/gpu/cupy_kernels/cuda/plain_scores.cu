@@ -30,12 +30,12 @@ struct Part {
     return (shape.q_offset + min(shape.q_len, (t + 1) * shape.q_compress) - 1) / shape.k_compress + 1;
   }
   DEVICE void load_queries(int row) {
-    load_tile(q_tile, q, HEAD_DIM, TILE_ROWS, shape.scale_log2, [&](int n) { return row + n < rows ? first + row + n : -1; });
+    load_tile<TILE_ROWS>(q_tile, q, HEAD_DIM, shape.scale_log2, [&](int n) { return row + n < rows ? first + row + n : -1; });
   }
   // Logits of the loaded queries, `row` the first, and of keys `key` ..; -inf where a query may not see a key.
   DEVICE void logits(float (&s)[OWN_ROWS][OWN_KEYS], int row, int key) {
     __syncthreads();  // the tile before is used up
-    load_tile(k_tile, k, HEAD_DIM, KEYS, 1.f, [&](int n) { return key + n < stop ? key + n : -1; });
+    load_tile<KEYS>(k_tile, k, HEAD_DIM, 1.f, [&](int n) { return key + n < stop ? key + n : -1; });
     __syncthreads();
     multiply(s, q_tile, k_tile, ty, tx);
 #pragma unroll
