@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Kernel:
         Kernel.launched.append(self.name)
         values = [_argument(x) for x in arguments]
         if Stream.recording is not None:
-            Stream.recording.append((self, values, grid, block, shared_mem, arguments))
+            Stream.recording.append(lambda _alive=arguments: run(self, values, grid, block, shared_mem))
             return
         run(self, values, grid, block, shared_mem)
 
@@ -138,27 +138,43 @@ def run(kernel: Kernel, values: list[Any], grid: tuple, block: tuple, shared_mem
 
 def launch_kernel(handle: int, x: int, y: int, z: int, threads: int, _y: int, _z: int, shared: int, _stream: int, at: int, _: int) -> None:
     """cupy.cuda.driver.launchKernel: parameters from an array of pointers at an address."""
-    assert Stream.recording is None, "the stand-in records launches of RawKernels only"
     kernel = Kernel.by_handle[handle]
     Kernel.launched.append(kernel.name)
+    if Stream.recording is not None:
+        parameters = _copied_parameters(kernel, at)
+        Stream.recording.append(lambda: kernel.launch(parameters, -1, x, y, threads, shared))
+        return
     kernel.launch(ctypes.c_void_p(at), -1, x, y, threads, shared)
+
+
+def _copied_parameters(kernel: Kernel, at: int) -> Any:
+    """Pointers to a copy of a launch's parameters, as a graph keeps them: the caller packs the next launch's in the same place."""
+    launch = importlib.import_module("unisparse_np.gpu.cupy_kernels.launch")
+    _, offsets, size = launch.parameter_layout(launch.signature((Kernel.folder / kernel.file).read_text(), kernel.name))
+    first = ctypes.c_void_p.from_address(at).value
+    raw = ctypes.create_string_buffer(size + launch.ALIGNMENT)
+    start = ctypes.addressof(raw) + (-ctypes.addressof(raw) % launch.ALIGNMENT)
+    ctypes.memmove(start, first, size)
+    pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+    pointers.owner = raw
+    return pointers
 
 
 class Graph:
     """Recorded launches with the arguments they had."""
 
-    def __init__(self, launches: list[tuple]) -> None:
+    def __init__(self, launches: list[Callable[[], None]]) -> None:
         self.launches = launches
 
     def launch(self) -> None:
         for launch in self.launches:
-            run(*launch)
+            launch()
 
 
 class Stream:
     """A stream that can be captured: its launches are then recorded instead of run."""
 
-    recording: list[tuple] | None = None
+    recording: list[Callable[[], None]] | None = None
 
     def __init__(self, non_blocking: bool = False) -> None: ...
 

@@ -21,8 +21,9 @@ from ...errors import InvalidInput
 from ...problem import Problem, ceil_div
 from . import gemv, memory
 from .device import kernel, source
+from .launch import Launcher
 from .memory import from_host, holds_not_finite, new_pacer
-from .overlap import OverlappingLauncher, address, argument
+from .overlap import OverlappingLauncher, address
 from .products import get_ready, product
 from .shapes import element_strides, uses_tensor_cores
 
@@ -117,8 +118,8 @@ def rms_norm(x: Any, weight: Any, eps: float, dtype: np.dtype) -> Any:
     width = x.shape[1]
     out = cupy.empty(x.shape, dtype)
     threads = gemv.threads_of(width)
-    function = kernel("layers.cu", "rms_norm", threads // 8, **element(dtype), WIDTH=width, THREADS=threads)
-    function((len(x),), (threads,), (cupy.ascontiguousarray(x), weight, np.float32(eps), out), shared_mem=threads // 8)
+    launcher = _row_launcher("rms_norm", np.dtype(dtype), width, threads, threads // 8, cupy.cuda.runtime.getDevice())
+    launcher(len(x), 1, *map(address, (cupy.ascontiguousarray(x), weight, float(eps), out)))
     return out
 
 
@@ -136,7 +137,7 @@ def merge_heads(out: Any) -> Any:
     if by_token.flags.c_contiguous or dim % 8:
         return by_token.reshape(tokens, heads * dim)
     merged = cupy.empty((tokens, heads * dim), out.dtype)
-    _by_rows("merge_heads", merged, out.dtype, (cupy.ascontiguousarray(out), merged, np.int32(tokens), np.int32(dim)))
+    _by_rows("merge_heads", merged, out.dtype, (cupy.ascontiguousarray(out), merged, tokens, dim))
     return merged
 
 
@@ -230,15 +231,13 @@ def launch_rotation(
     )  # fmt: skip
     groups = ceil_div(len(q) // q_members, at_once) + 2 * ceil_div(kv_heads // k_members, at_once)
     grid = (groups + (0 if ahead is None else AHEAD_BLOCKS), ceil_div(tokens, config.block_size))
-    if overlap:
-        _overlapping_rotation(function, 32 * warps, shared)(*grid, *map(address, arguments))
-    else:
-        function(grid, (32 * warps,), tuple(map(argument, arguments)), shared_mem=shared)
+    launcher = _rotation_launcher(function, 32 * warps, shared, overlap, cupy.cuda.runtime.getDevice())
+    launcher(*grid, *map(address, arguments))
 
 
-@lru_cache(maxsize=64)
-def _overlapping_rotation(function: Any, threads: int, shared: int) -> OverlappingLauncher:
-    return OverlappingLauncher(function, source("rotary.cu"), "rotate_heads", threads, shared)
+@lru_cache(maxsize=256)
+def _rotation_launcher(function: Any, threads: int, shared: int, overlap: bool, device: int) -> Launcher:
+    return (OverlappingLauncher if overlap else Launcher)(function, source("rotary.cu"), "rotate_heads", threads, shared)
 
 
 def to_host(x: Any) -> np.ndarray:
@@ -272,5 +271,12 @@ def _by_rows(name: str, out: Any, dtype: Any, arguments: tuple[Any, ...]) -> Non
     """Launch a kernel of layers.cu over out [T, n], each thread 8 neighbours of a row."""
     rows, width = out.shape
     threads = threads_of_row(width)
-    function = kernel("layers.cu", name, 0, **element(dtype), WIDTH=width, THREADS=threads)
-    function((rows, ceil_div(width, 8 * threads)), (threads,), arguments)
+    launcher = _row_launcher(name, np.dtype(dtype), width, threads, 0, cupy.cuda.runtime.getDevice())
+    launcher(rows, ceil_div(width, 8 * threads), *map(address, arguments))
+
+
+@lru_cache(maxsize=256)
+def _row_launcher(name: str, dtype: np.dtype, width: int, threads: int, shared: int, device: int) -> Launcher:
+    """A kernel of layers.cu for rows of this width, on the current device, which `device` names."""
+    function = kernel("layers.cu", name, shared, **element(dtype), WIDTH=width, THREADS=threads)
+    return Launcher(function, source("layers.cu"), name, threads, shared)
