@@ -4,6 +4,7 @@ NCCL does not connect two ranks of one GPU. What the ranks exchange goes through
 """
 
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -48,6 +49,11 @@ def results(ranks, dtype, attention):
     return np.concatenate([logits, step[None]]), model.layer_densities(cache)
 
 
+@cache
+def of_one_rank(dtype, attention):
+    return results(ONE_PROCESS, dtype, attention)
+
+
 class SilentOther(ThroughNccl):
     """The first of two ranks whose other adds nothing: NCCL with one rank does the same in a recorded graph and outside."""
 
@@ -78,7 +84,7 @@ def test_exchanges_are_recorded_with_the_decode_step(cupy):
 @pytest.mark.parametrize(("dtype", "attention", "bound"), [("float32", SPARSE, 1e-3), ("bfloat16", "dense", 5e-2)])
 @pytest.mark.parametrize(("tensor", "context"), [(2, 1), (1, 2)])
 def test_logits_on_two_ranks(tensor, context, dtype, attention, bound, cupy):
-    expected, densities = results(ONE_PROCESS, dtype, attention)
+    expected, densities = of_one_rank(dtype, attention)
     for found, found_densities in on_ranks(cupy, tensor, context, lambda ranks: results(ranks, dtype, attention)):
         assert np.abs(found - expected).max() <= bound * np.abs(expected).max()
         assert found_densities == pytest.approx(densities, abs=1e-3)
@@ -87,7 +93,7 @@ def test_logits_on_two_ranks(tensor, context, dtype, attention, bound, cupy):
 @pytest.mark.parametrize(("tensor", "context"), [(2, 1), (1, 2)])
 def test_sparse_attention_in_bfloat16_on_two_ranks(tensor, context, cupy):
     """Rounding moves block decisions here: densities and the likeliest tokens agree, single logits need not."""
-    expected, densities = results(ONE_PROCESS, "bfloat16", SPARSE)
+    expected, densities = of_one_rank("bfloat16", SPARSE)
     for found, found_densities in on_ranks(cupy, tensor, context, lambda ranks: results(ranks, "bfloat16", SPARSE)):
         assert np.isfinite(found).all()
         assert found_densities == pytest.approx(densities, abs=0.02)
