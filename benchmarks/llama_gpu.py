@@ -19,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def prompt_of(tokens: int) -> np.ndarray:
 
 
 # ---- transformers ----
-def transformers_rows(only: set[str]) -> list[dict[str, Any]]:
+def transformers_rows(only: set[str]) -> Iterator[dict[str, Any]]:
     import torch
     import transformers
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -68,7 +67,6 @@ def transformers_rows(only: set[str]) -> list[dict[str, Any]]:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_3_1_8B, attn_implementation="sdpa")).eval()
-    rows = []
 
     def prefill(ids: Any) -> Any:
         with torch.inference_mode():
@@ -94,36 +92,33 @@ def transformers_rows(only: set[str]) -> list[dict[str, Any]]:
                     row["peak_bytes"] = torch.cuda.max_memory_allocated()
                 except torch.OutOfMemoryError:
                     row["out_of_memory"] = True
-                rows.append(show(row))
+                yield row
     if "decode" in only:
         cache = prefill(torch.from_numpy(prompt_of(DECODE_CONTEXTS[0]))[None].cuda()).past_key_values
         seconds = timed(lambda: step(cache), DECODE_STEPS)
-        rows.append(show({"work": "decode", "tokens": DECODE_CONTEXTS[0], "kernel": "transformers", "seconds": seconds}))
-    return rows
+        yield {"work": "decode", "tokens": DECODE_CONTEXTS[0], "kernel": "transformers", "seconds": seconds}
 
 
 # ---- ours ----
-def ours_rows(only: set[str], longest: int) -> list[dict[str, Any]]:
-    import cupy
-
+def ours_rows(only: set[str], longest: int) -> Iterator[dict[str, Any]]:
     from unisparse_np import UniSparseConfig
 
-    model = new_llama(longest)
-    rows: list[dict[str, Any]] = []
+    model, sparse = new_llama(longest), UniSparseConfig()
     if "prefill" in only:
         for tokens, times in PREFILL.items():
-            rows.append(prefill_row(model, tokens, "dense", None, times))
+            yield prefill_row(model, tokens, "dense", None, times)
+        yield prefill_row(model, min(PREFILL), sparse, DENSITIES[0], PREFILL[min(PREFILL)])
         for density in DENSITIES:
-            rows += [prefill_row(model, tokens, UniSparseConfig(), density, times) for tokens, times in PREFILL.items()]
-        rows.append(profile_row(model, max(PREFILL), DENSITIES[1]))
+            yield prefill_row(model, max(PREFILL), sparse, density, PREFILL[max(PREFILL)])
+        yield profile_row(model, max(PREFILL), DENSITIES[1])
         if longest > max(PREFILL):
-            rows.append(prefill_row(model, longest, UniSparseConfig(), DENSITIES[-1], 0))
+            yield prefill_row(model, longest, sparse, DENSITIES[-1], 0)
     if "decode" in only:
-        rows += [read_floor(cupy)]
+        yield read_row()
+        shared = [UniSparseConfig(top_p=DECODE_TOP_P, head_compress=heads) for heads in DECODE_HEAD_COMPRESS]
         for tokens in DECODE_CONTEXTS:
-            sparse = [UniSparseConfig(top_p=DECODE_TOP_P, head_compress=heads) for heads in DECODE_HEAD_COMPRESS]
-            rows += [decode_row(model, tokens, attention) for attention in ("dense", *sparse)]
-    return rows
+            for attention in ("dense", *shared):
+                yield decode_row(model, tokens, attention)
 
 
 def new_llama(longest: int) -> Any:
@@ -200,7 +195,7 @@ def prefill_row(model: Any, tokens: int, attention: Any, density: float | None, 
     peak = cupy.cuda.runtime.memGetInfo()[1] - cupy.cuda.runtime.memGetInfo()[0]  # the pool keeps what it took
     row = {"work": "prefill", "tokens": tokens, "kernel": "ours", "seconds": seconds, "peak_bytes": peak}
     row |= {"given_density": density, "density": float(np.mean(densities))}
-    return show(row)
+    return row
 
 
 def profile_row(model: Any, tokens: int, density: float) -> dict[str, Any]:
@@ -234,7 +229,7 @@ def profile_row(model: Any, tokens: int, density: float) -> dict[str, Any]:
     }
     rate = matrix_ceiling()
     row = {"work": "profile", "tokens": tokens, "kernel": "ours", "given_density": density, "seconds": whole, "parts": parts}
-    return show(row | {"ceiling_seconds": {kind: value / rate for kind, value in flop.items()}, "matrix_flop_per_second": rate})
+    return row | {"ceiling_seconds": {kind: value / rate for kind, value in flop.items()}, "matrix_flop_per_second": rate}
 
 
 def decode_row(model: Any, tokens: int, attention: Any) -> dict[str, Any]:
@@ -253,19 +248,16 @@ def decode_row(model: Any, tokens: int, attention: Any) -> dict[str, Any]:
         row |= {"kernel": f"ours unisparse head_compress {attention.head_compress}", "given_density": attention.top_p}
     del cache
     cupy.get_default_memory_pool().free_all_blocks()
-    return show(row)
+    return row
 
 
-def read_floor(cupy: Any) -> dict[str, Any]:
+def read_row() -> dict[str, Any]:
     """How fast this card reads: 8 GB summed up by CuPy, bytes a second."""
+    import cupy
+
     words = cupy.ones(1 << 31, np.float32)
     seconds = timed(lambda: (words.sum(), cupy.cuda.Device().synchronize()), 5)
-    return show({"work": "read", "kernel": "cupy sum", "seconds": seconds, "bytes_per_second": words.nbytes / seconds})
-
-
-def show(row: dict[str, Any]) -> dict[str, Any]:
-    print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
-    return row
+    return {"work": "read", "kernel": "cupy sum", "seconds": seconds, "bytes_per_second": words.nbytes / seconds}
 
 
 # ---- both, one after the other ----
@@ -277,22 +269,31 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--to", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    only = set(arguments.only.split(","))
     if arguments.side:
+        only = set(arguments.only.split(","))
         rows = transformers_rows(only) if arguments.side == "transformers" else ours_rows(only, arguments.longest)
-        Path(arguments.to).write_text(json.dumps(rows))
+        with open(arguments.to, "w") as file:
+            for row in rows:
+                print(json.dumps(row), file=file, flush=True)
+                show(row)
         return
-    rows = []
+    measured, failed = [], []
     for side in arguments.sides.split(","):
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as file:
             command = [sys.executable, __file__, "--side", side, "--to", file.name, "--only", arguments.only]
-            subprocess.run([*command, "--longest", str(arguments.longest)], check=True)
-            rows += json.loads(Path(file.name).read_text())
-    report(rows)
+            if subprocess.run([*command, "--longest", str(arguments.longest)]).returncode:
+                failed.append(side)
+            measured += [json.loads(line) for line in file]
+    report(measured, failed)
+    sys.exit(1 if failed else 0)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """Ratios within this run, and the file."""
+def show(row: dict[str, Any]) -> None:
+    print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
+
+
+def report(rows: list[dict[str, Any]], failed: list[str]) -> None:
+    """Ratios within this run, and the file; `failed` names sides that ended early, what they had measured is kept."""
     import cupy
 
     from benchmarks.common import stamp, write_result
@@ -303,8 +304,13 @@ def report(rows: list[dict[str, Any]]) -> None:
             row["times_faster_than_cudnn"] = baseline[row["tokens"]] / row["seconds"]
             show(row)
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    result = {"stamp": stamp("cupy-cuda13x", "torch", "transformers"), "device": device, "config": LLAMA_3_1_8B, "rows": rows}
-    print(write_result(f"llama_gpu_{device.lower().replace(' ', '_')}", result))
+    about = {
+        "stamp": stamp("cupy-cuda13x", "torch", "transformers"),
+        "device": device,
+        "config": LLAMA_3_1_8B,
+        "failed": failed,
+    }
+    print(write_result(f"llama_gpu_{device.lower().replace(' ', '_')}", about | {"rows": rows}))
 
 
 if __name__ == "__main__":
