@@ -37,11 +37,16 @@ def name_of_dtype(dtype: Any) -> str:
 
 def check_array(name: str, x: Any) -> None:
     """Raises InvalidInput unless x is an array of a supported dtype that can be read over DLPack or CUDA's array interface."""
-    over_dlpack = hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")
-    if not isinstance(x, np.ndarray) and not over_dlpack and not hasattr(x, "__cuda_array_interface__"):
+    if not _is_array(type(x)) and not hasattr(x, "__cuda_array_interface__"):
         raise InvalidInput(f"{name} is a {type(x).__name__}, not an array: give a NumPy or CuPy array, or any other with DLPack")
     if dtype_name(x) not in SUPPORTED_DTYPES:
         raise InvalidInput(f"{name} has dtype {dtype_name(x)}: give one of {', '.join(SUPPORTED_DTYPES)}")
+
+
+@lru_cache(maxsize=256)
+def _is_array(kind: type) -> bool:
+    """Whether this is NumPy's array type, or one that speaks DLPack."""
+    return issubclass(kind, np.ndarray) or (hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"))
 
 
 def to_numpy(name: str, x: Any) -> np.ndarray:

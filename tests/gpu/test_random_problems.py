@@ -1,4 +1,4 @@
-"""Hundreds of random problems against the reference, several at a time: the script that runs thousands, with fewer."""
+"""Up to a thousand random problems against the reference, several at a time: the script that runs more, for a minute at most."""
 
 import json
 import os
@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.gpu
 
 
-def test_hundreds_of_random_problems(cupy, tmp_path):
+def test_random_problems_for_a_minute(cupy, tmp_path):
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))
-    script = [sys.executable, str(ROOT / "benchmarks" / "random_problems_gpu.py"), "--count", "400", "--workers", str(workers)]
+    script = [sys.executable, str(ROOT / "benchmarks" / "random_problems_gpu.py"), "--count", "1000", "--seconds", "60"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    script += ["--workers", str(workers)]
     done = subprocess.run([*script, "--output", str(tmp_path / "found.json")], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert sum(found["problems"].values()) == 400
+    assert sum(found["problems"].values()) >= 20
     assert found["failures"] == []
