@@ -70,11 +70,12 @@ def per_layer(model: Any, attention: Any) -> list[Any]:
 
 
 def text_windows(tokenizer: Any, length: int, count: int) -> Iterator[tuple[str, int, list[int]]]:
-    """(kind of text, first token, ids): `count` windows of prose and as many of code, spread over the text."""
-    for kind, text in (("prose", prose()), ("code", code())):
-        token_ids = tokenizer.encode(text)
-        for start in np.linspace(0, len(token_ids) - length, count).astype(int):
-            yield kind, int(start), token_ids[start : start + length]
+    """(kind of text, first token, ids): `count` windows of prose and as many of code in turn, spread over the text."""
+    texts = {"prose": tokenizer.encode(prose()), "code": tokenizer.encode(code())}
+    for n in range(count):
+        for kind, token_ids in texts.items():
+            start = n * (len(token_ids) - length) // max(1, count - 1)
+            yield kind, start, token_ids[start : start + length]
 
 
 @lru_cache(maxsize=1)

@@ -66,6 +66,10 @@ RULES: dict[str, UniSparseConfig] = {
     "S 64, c_q 2, c_k 4, tau .02": config(tau=0.02, q_compress=2, k_compress=4, **S64),
     "S 64, c_q 2, c_k 4, tau .03": config(tau=0.03, q_compress=2, k_compress=4, **S64),
     "S 64, c_q 2, c_k 8, tau .02": config(tau=0.02, q_compress=2, k_compress=8, **S64),
+    "S 64, c_q 2, c_k 8, tau .01": config(tau=0.01, q_compress=2, k_compress=8, **S64),
+    "S 64, c_q 1, c_k 8, tau .03": config(tau=0.03, q_compress=1, k_compress=8, **S64),
+    "S 64, c_q 1, c_k 8, tau .025": config(tau=0.025, q_compress=1, k_compress=8, **S64),
+    "S 64, c_q 1, c_k 16, tau .02": config(tau=0.02, q_compress=1, k_compress=16, **S64),
 }
 
 
@@ -85,12 +89,14 @@ def main() -> None:
     known = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
     done = {(record["item"], record["rule"]) for record in known}
     measure = text_records if options.kind == "text" else needle_records
+    where = stamp(*(() if options.backend == "reference" else ("cupy-cuda13x",)))
     for record in measure(options, done):
         known.append(record)
         with records.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        write_result(name, summary(options, known, where))  # of what is there, so that a run that is cut short leaves its means
         print(*(f"{key} {value:.4f}" if isinstance(value, float) else value for key, value in record.items()), flush=True)
-    print(write_result(name, summary(options, known)))
+    print(write_result(name, summary(options, known, where)))
 
 
 def text_records(options: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[Row]:
@@ -115,7 +121,7 @@ def needle_records(options: argparse.Namespace, done: set[tuple[str, str]]) -> I
                 yield {"item": item, "rule": rule, **answer(model, tokenizer, example, RULES.get(rule, "dense"))}
 
 
-def summary(options: argparse.Namespace, records: list[Row]) -> dict[str, Any]:
+def summary(options: argparse.Namespace, records: list[Row], where: dict[str, Any]) -> dict[str, Any]:
     """A row a rule: means over windows, or the share of dense accuracy kept, with 95% intervals."""
     by_rule: dict[str, list[Row]] = {}
     for record in records:
@@ -127,8 +133,7 @@ def summary(options: argparse.Namespace, records: list[Row]) -> dict[str, Any]:
         for rule, config in RULES.items()
         if rule in by_rule
     ]
-    libraries = () if options.backend == "reference" else ("cupy-cuda13x",)
-    return {"stamp": stamp(*libraries), "kind": options.kind, "length": options.length, "backend": options.backend, "rows": rows}
+    return {"stamp": where, "kind": options.kind, "length": options.length, "backend": options.backend, "rows": rows}
 
 
 def text_row(found: list[Row]) -> Row:
