@@ -13,8 +13,8 @@ HOPPER = "sm_90a"
 
 def cases(architecture):
     """(file, architecture, defines, kernel, registers at most, spilled bytes at most) of the portable kernels."""
-    # two m16 tiles a warp at d 128 leave no register free: a few words of loop control are spilled
-    yield "attend_sm80.cu", architecture, {"HEAD_DIM": 128, "BLOCK_SIZE": 128}, "attend_sm80", 255, 96
+    # two m16 tiles a warp at d 128 leave no register free: the four sums of a thread's rows wait in local memory between two softmaxes
+    yield "attend_sm80.cu", architecture, {"HEAD_DIM": 128, "BLOCK_SIZE": 128}, "attend_sm80", 255, 40
     yield "scores.cu", architecture, {"HEAD_DIM": 128, "QUERIES_PER_BLOCK": 16, "KEYS_PER_BLOCK": 16}, "score_blocks", 255, 0
     yield "compress.cu", architecture, {"HEAD_DIM": 128, "BLOCK_SIZE": 128}, "compress", 80, 0
     yield "select.cu", architecture, {}, "select_blocks", 64, 0
@@ -54,7 +54,9 @@ def plain_cases(architecture, dim, rows, query_rows):
 def hopper_cases():
     """The same of the kernels that only Hopper runs."""
     for size, dim in ((64, 64), (128, 128)):
-        yield "attend_sm90.cu", HOPPER, {"HEAD_DIM": dim, "BLOCK_SIZE": size}, "attend_sm90", 168 if size > 64 else 128, 0
+        # at d 128 the producer has 24 registers, so that the consumers have 240 and spill nothing: it keeps a few words in local memory
+        registers, most_spilled = (168, 64) if size > 64 else (128, 0)
+        yield "attend_sm90.cu", HOPPER, {"HEAD_DIM": dim, "BLOCK_SIZE": size}, "attend_sm90", registers, most_spilled
     for q, k in ((16, 16), (4, 4)):
         yield "scores_sm90.cu", HOPPER, {"HEAD_DIM": 128, "QUERIES_PER_BLOCK": q, "KEYS_PER_BLOCK": k}, "score_tiles", 96, 0
 
@@ -63,7 +65,7 @@ CASES = [*hopper_cases(), *cases("sm_80")]
 MORE_CASES = [
     *cases(HOPPER),
     *cases("sm_100"),
-    *(("attend_sm90.cu", HOPPER, {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm90", 168, 0) for s, d in ((64, 128), (128, 64), (256, 128))),
+    *(("attend_sm90.cu", HOPPER, {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm90", 168, 64) for s, d in ((64, 128), (128, 64), (256, 128))),
     *(("attend_sm80.cu", "sm_80", {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm80", 255, 0) for s, d in ((64, 64), (128, 64), (128, 256))),
     ("decode_attention.cu", "sm_80", {"HEAD_DIM": 256, "ROW_TILES": 1}, "decode_attention", 255, 0),
     ("decode_attention.cu", "sm_80", {"HEAD_DIM": 128, "ROW_TILES": 2}, "decode_attention", 255, 0),

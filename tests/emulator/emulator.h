@@ -59,7 +59,6 @@ struct Fibre {
   std::function<bool()> ready;                       // empty: may run
   std::deque<std::vector<Action>> wgmma_groups;      // committed, not all done
   std::vector<Action> wgmma_open;
-  std::deque<Action> stores;                         // TMA stores that have not read shared memory yet
   std::vector<Action> copies;                        // cp.async
   uint32_t commits = 0;                              // of wgmma groups, and products issued: the same in all lanes of a warp
   long products = 0;
@@ -151,7 +150,6 @@ inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 inline int __float2int_rn(float x) { return x == x ? (int)nearbyintf(x) : 0; }
 inline float __uint2float_rn(uint32_t x) { return (float)x; }
 inline void use_after_here(int4&) {}
-inline void fetch_to_l2(const void* p, int bytes) { if ((uintptr_t)p & 15 || bytes & 15) fail("misaligned prefetch"); }
 inline void wait_for_launch_before() {}
 inline void let_next_launch_start() {}
 inline int __double2hiint(double x) { int64_t i; memcpy(&i, &x, 8); return (int)(i >> 32); }
@@ -189,6 +187,7 @@ inline char* at(Block* block, uint32_t address, int bytes) {
   if (address + bytes > block->shared.size()) fail("access outside shared memory");
   return block->shared.data() + address;
 }
+inline int thread_again() { return threadIdx.x; }
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - fibre->block->shared.data()); }
 inline int4 load_once(const void* p);
 inline int4 load_past_l1(const void* p) { return load_once(p); }
@@ -271,9 +270,9 @@ inline void named_sync(int id, int threads) { meet(fibre->block->named[id], thre
 inline void named_arrive(int id, int threads) { arrive(fibre->block->named[id], threads); }
 
 inline uint32_t swizzle(uint32_t a) { return a ^ (((a >> 7) & 7) << 4); }
-template <class Each> inline void for_each_element(const Tiles& t, uint32_t shared, int row, int head, Each each) {
+template <class Each> inline void for_each_element(const Tiles& t, uint32_t shared, int first_panel, int row, int head, Each each) {
   long n = 0;
-  for (int panel = 0; panel < t.box[2]; ++panel)
+  for (int panel = first_panel; panel < first_panel + t.box[2]; ++panel)
     for (int r = 0; r < t.box[1]; ++r)
       for (int c = 0; c < t.box[0]; ++c, ++n) {
         const bool inside = row + r >= 0 && row + r < t.size[1] && head < t.size[3] && panel < t.size[2];
@@ -281,28 +280,22 @@ template <class Each> inline void for_each_element(const Tiles& t, uint32_t shar
       }
 }
 inline void tma_prefetch(const TensorMap*) {}
-inline void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int row, int head, uint64_t) {
+inline void tma_load_panel(uint32_t to, const TensorMap* map, uint32_t barrier, int panel, int row, int head, uint64_t) {
   if (to & 1023) fail("misaligned TMA tile");
   Block* block = fibre->block;
   const Tiles t = map->tiles;
   const long bytes = 2L * t.box[0] * t.box[1] * t.box[2];
   memset(at(block, to, bytes), 0xff, bytes);  // whoever still needs what was there finds NaN
   block->tma.push_back([=] {
-    for_each_element(t, to, row, head, [&](uint32_t a, char* g) { g ? (void)memcpy(at(block, a, 2), g, 2) : (void)memset(at(block, a, 2), 0, 2); });
+    for_each_element(t, to, panel, row, head, [&](uint32_t a, char* g) { g ? (void)memcpy(at(block, a, 2), g, 2) : (void)memset(at(block, a, 2), 0, 2); });
     auto& m = barrier_at(block, barrier);
     m.bytes -= bytes;
     settle(m);
   });
 }
-inline void tma_store(const TensorMap* map, uint32_t from, int row, int head) {
-  Block* block = fibre->block;
-  const Tiles t = map->tiles;
-  fibre->stores.push_back([=] { for_each_element(t, from, row, head, [&](uint32_t a, char* g) { if (g) memcpy(g, at(block, a, 2), 2); }); });
+inline void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int row, int head, uint64_t policy) {
+  tma_load_panel(to, map, barrier, 0, row, head, policy);
 }
-inline void run_stores(Fibre* f) { while (!f->stores.empty()) { f->stores.front()(); f->stores.pop_front(); } }
-inline void tma_wait_read() { run_stores(fibre); }
-inline void tma_wait_all() { run_stores(fibre); }
-inline void fence_shared_for_tma() {}
 template <int N> inline void registers_release() {}
 template <int N> inline void registers_acquire() {}
 template <int N> inline void pin(float (&)[N]) {}

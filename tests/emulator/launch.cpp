@@ -50,7 +50,6 @@ static void run_block(Dim index, int threads, size_t shared_bytes) {
       fibre = f;
       swapcontext(&scheduler, &f->context);
       if (!lazy_engine && !block.tma.empty() && random_bits() % 256 == 0) run_one_tma(block);
-      if (!lazy_engine && !f->stores.empty() && random_bits() % 4 == 0) run_stores(f);
     }
     if (!block.tma.empty() && (!progress || (!lazy_engine && random_bits() % 4 == 0))) {
       run_one_tma(block);
@@ -61,7 +60,6 @@ static void run_block(Dim index, int threads, size_t shared_bytes) {
   if (!block.tma.empty()) fail("a TMA load was never waited for");
   for (auto& b : block.barriers) if (b.second.bytes) fail("bytes announced that never came");
   for (Fibre* f : block.fibres) {
-    if (!f->stores.empty()) fail("a TMA store was never waited for");
     for (auto& group : f->wgmma_groups) if (!group.empty()) fail("a wgmma was never waited for");
     free(f->stack);
     delete f;

@@ -180,8 +180,8 @@ PLANTED = {
     "keys are freed too early": ("attend_sm90.cu", "          wgmma_wait<1>();\n          pin(s);\n", "          pin(s);\n"),
     "the wrong parity after a ring's end": ("attend_sm90.cu", "stage = 0; parity ^= 1;", "stage = 0;"),
     "an old maximum": ("attend_sm90.cu", "    max0 = x0;\n", ""),
-    "the output is overwritten in flight": ("attend_sm90.cu", "if (wg_thread == 0) tma_wait_all();", ""),
-    "anchors of selected blocks": ("mask.cuh", "& ~selected_word(words, shape, head, q_block, block / 32 + w, visible)", ""),
+    "a part that holds nothing is seen": ("attend_sm90.cu", "    if (lane >= filled) part = NO_KEYS;\n", ""),
+    "anchors of selected blocks": ("mask.cuh", "& ~selected_word(words, shape, head, q_block, w, visible)", ""),
     "a tile nobody wrote": ("scores_sm90.cu", "min(exist, rows + 16) - 1", "exist - 1"),
 }
 

@@ -108,7 +108,7 @@ def tma_store() -> None:
     code = headers.replace('#include "ptx.cuh"', "") + TMA_STORE
     module = cupy.RawModule(code=code, options=("-std=c++17", "-arch=sm_90a", "-DIS_FLOAT16=0"), backend="nvrtc")
     x, out = cupy.empty((1, 64, 64), ml_dtypes.bfloat16), cupy.zeros(32, np.uint32)
-    encoded = device.tensor_map(x.data.ptr, 1, 64, 64, 64 * 64, 64, False, 64)
+    encoded = device.tensor_map(x.data.ptr, 1, 64, 64, 64 * 64, 64, False, 64, 64)
     module.get_function("store")((1,), (32,), (np.frombuffer(encoded, "V128"),), shared_mem=64 * 128 + 1024)
     module.get_function("read")((1,), (32,), (x, out))
     assert (cupy.asnumpy(out) == 0x3F803F80).all()

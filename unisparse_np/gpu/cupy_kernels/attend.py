@@ -141,25 +141,21 @@ def _scheduling(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> L
 
 
 def _attending_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:
-    problem, rows = plan.problem, plan.tile_rows
-    dim, q_len, kv_heads = problem.head_dim, problem.q_len, problem.num_kv_heads
-    launcher = plan.launcher("attend_sm90.cu", "attend_sm90", 128 + 2 * rows, plan.once(shared_bytes_sm90), of_float16)
-    k, v = (TensorMap(x.address, kv_heads, problem.k_len, dim, x.head_stride, x.row_stride, of_float16, rows) for x in (keys.k, keys.v))
+    problem, layout = plan.problem, plan.once(layout_sm90)
+    dim, kv_heads = problem.head_dim, problem.num_kv_heads
+    launcher = plan.launcher("attend_sm90.cu", "attend_sm90", layout.threads, layout.shared_bytes, of_float16)
+    queries = TensorMap(q.address, problem.num_q_heads, problem.q_len, dim, q.head_stride, q.row_stride, of_float16, 64, dim)
+    k, v = (TensorMap(x.address, kv_heads, problem.k_len, dim, x.head_stride, x.row_stride, of_float16, 64, 64) for x in (keys.k, keys.v))
     anchor_k, anchor_v = k, v
     if keys.anchors:
         length = plan.once(anchor_rows)
         anchor_k, anchor_v = (
-            TensorMap(address, kv_heads, length, dim, length * dim, dim, of_float16, rows)
+            TensorMap(address, kv_heads, length, dim, length * dim, dim, of_float16, 64, 64)
             for address in (room["anchor_keys"], room["anchor_values"])
         )
-    maps = (
-        TensorMap(q.address, problem.num_q_heads, q_len, dim, q.head_stride, q.row_stride, of_float16, rows),
-        k, v, TensorMap(out, problem.num_q_heads, q_len, dim, q_len * dim, dim, of_float16, 64), anchor_k, anchor_v,
-    )  # fmt: skip
-    per_multiprocessor = 1 if rows == 128 else 3 if dim == 64 else 2
-    grid = min(plan.num_items, num_multiprocessors() * per_multiprocessor)
-    arguments = (*maps, shape, room["work"], plan.num_items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
-    return Launch(launcher, grid, 1, arguments)
+    grid = min(ceil_div(plan.num_items, layout.teams), num_multiprocessors())
+    after = (shape, room["work"], plan.num_items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
+    return Launch(launcher, grid, 1, (queries, k, v, anchor_k, anchor_v, out, *after))
 
 
 def _attending_sm80(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:
@@ -180,20 +176,29 @@ def _strides(q: Rows, keys: Keys) -> tuple[int, ...]:
     return (q.head_stride, q.row_stride, keys.k.head_stride, keys.k.row_stride, keys.v.head_stride, keys.v.row_stride)
 
 
-def shared_bytes_sm90(plan: Plan) -> int:
-    """Shared memory of a thread block: SHARED_BYTES of attend_sm90.cu."""
-    head_dim, block_size = plan.problem.head_dim, plan.problem.config.block_size
-    consumers = 1 if block_size == 64 else 2
-    tile = 64 * consumers * head_dim * 2
-    q_stages, kv_stages = (2 if consumers == 2 else 1), (3 if head_dim == 64 else 2)
-    return (q_stages + 2 * kv_stages + 1) * tile + 128 + 16 * q_stages + 16 + 1024
+class LayoutSm90(NamedTuple):
+    """How attend_sm90.cu fills a multiprocessor: TEAMS, THREADS and SHARED_BYTES there."""
+
+    teams: int
+    threads: int
+    shared_bytes: int
+
+
+def layout_sm90(plan: Plan) -> LayoutSm90:
+    """One team of two consumers; for blocks of 64 several teams of one, each with a list of its own."""
+    dim, small = plan.problem.head_dim, plan.problem.config.block_size == 64
+    consumers, teams = (1, 3 if dim == 64 else 2) if small else (2, 1)
+    keys_per_tile = 192 if not small else 128 if dim == 64 else 64
+    tiles = consumers * 64 + 4 * keys_per_tile  # rows of Q and of two stages of K and V
+    return LayoutSm90(teams, 128 * (consumers * teams + 1), teams * (tiles * dim * 2 + 128 + 16 * consumers + 3 * 48) + 1024)
 
 
 def shared_bytes_sm80(plan: Plan) -> int:
-    """Shared memory of a thread block: SHARED_BYTES of attend_sm80.cu."""
-    head_dim, block_size = plan.problem.head_dim, plan.problem.config.block_size
-    q_rows, k_rows = (64 if block_size == 64 else 128), (32 if head_dim > 128 else 64)
-    return 256 + (q_rows + 4 * k_rows) * (head_dim + 8) * 2
+    """Shared memory of a thread block of attend_sm80.cu: tiles of Q, K and V, 64 bytes, and the list of what an item visits."""
+    dim, num_k_blocks = plan.problem.head_dim, plan.problem.num_k_blocks
+    q_rows, k_rows = (64 if plan.problem.config.block_size == 64 else 128), (32 if dim > 128 else 64)
+    entries = num_k_blocks + ceil_div(num_k_blocks, k_rows)
+    return (q_rows + 2 * k_rows) * (dim + 8) * 2 + 64 + 16 * ceil_div(2 * entries, 16)
 
 
 def threads_sm80(plan: Plan) -> int:

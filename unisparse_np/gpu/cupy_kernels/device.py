@@ -103,9 +103,9 @@ def _module(code: str, options: tuple[str, ...]) -> Any:
 
 @lru_cache(maxsize=4096)
 def tensor_map(
-    address: int, heads: int, length: int, dim: int, head_stride: int, row_stride: int, is_float16: bool, box_rows: int
+    address: int, heads: int, length: int, dim: int, head_stride: int, row_stride: int, is_float16: bool, box_rows: int, box_columns: int
 ) -> bytes:
-    """A CUtensorMap over [H, L, d] of 16-bit elements (strides in elements) in tiles of `box_rows` rows of one head.
+    """A CUtensorMap over [H, L, d] of 16-bit elements (strides in elements) in boxes of rows x columns of one head.
 
     The view is (64, L, d / 64, H), so that one instruction fetches a tile as panels of 64 columns with a 128-byte
     swizzle, whatever the strides.
@@ -115,7 +115,7 @@ def tensor_map(
     buffer = buffer[start : start + TENSOR_MAP_BYTES]
     sizes = (ctypes.c_uint64 * 4)(64, length, dim // 64, heads)
     strides = (ctypes.c_uint64 * 3)(2 * row_stride, 128, 2 * head_stride)
-    box = (ctypes.c_uint32 * 4)(64, box_rows, dim // 64, 1)
+    box = (ctypes.c_uint32 * 4)(64, box_rows, box_columns // 64, 1)
     steps = (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     float16, bfloat16, no_interleave, swizzle_128, promote_128, zero_fill = 6, 9, 0, 3, 2, 0
     status = driver().cuTensorMapEncodeTiled(

@@ -21,7 +21,7 @@ STEP = 1 << 52  # symbolic addresses begin above every real one
 
 
 class TensorMap(NamedTuple):
-    """What device.tensor_map encodes: an array [H, L, d] of 16-bit elements (strides in elements), in boxes of so many rows."""
+    """What device.tensor_map encodes: an array [H, L, d] of 16-bit elements (strides in elements), in boxes of so many rows and columns."""
 
     address: int
     heads: int
@@ -31,6 +31,7 @@ class TensorMap(NamedTuple):
     row_stride: int
     is_float16: bool
     box_rows: int
+    box_columns: int
 
 
 class Launch(NamedTuple):

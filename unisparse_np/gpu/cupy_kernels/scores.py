@@ -138,8 +138,8 @@ def scoring_in_one_pass(
     score = plan.launcher("scores_sm90.cu", "score_tiles", HOPPER_THREADS, shared_bytes_sm90(plan.problem.head_dim))
     merge = plan.launcher("scores_sm90.cu", "merge_scores", MERGE_THREADS, plan.once(merge_shared_bytes))
     (heads, q_length, dim), (k_heads, k_length, _), shape = plan.qc_shape, plan.kc_shape, plan.packed_shape()
-    queries = TensorMap(qc, heads, q_length, dim, q_length * dim, dim, True, HOPPER_ROWS)
-    keys = TensorMap(kc.address, k_heads, k_length, dim, kc.head_stride, kc.row_stride, True, HOPPER_COLUMNS)
+    queries = TensorMap(qc, heads, q_length, dim, q_length * dim, dim, True, HOPPER_ROWS, dim)
+    keys = TensorMap(kc.address, k_heads, k_length, dim, kc.head_stride, kc.row_stride, True, HOPPER_COLUMNS, dim)
     slice_heads = plan.once(heads_at_once)
     for first in range(0, heads, slice_heads):
         count = min(slice_heads, heads - first)

@@ -8,51 +8,61 @@
 //   4  persistent grid, items longest first inside sections whose K and V fit the L2 (schedule.cu)
 //   5  the producer walks the block mask itself, a word of 32 blocks a lane: no index lists in memory
 //   6  anchor keys are tiles of the same loop, taken from a compact copy, masked by the complement of the block mask
-//   dead end: skipping the rescale of the accumulator when no maximum moved (slower: the vote costs more than it saves)
+//   7  the next item's mask is read, and the number of the one after drawn, while an item runs
+//   8  a tile is three parts of 64 keys from anywhere in the list: 192 keys a tile, a third fewer rounds of barriers, maxima and
+//      rescaling, and Q is read from shared memory less often; blocks of 64: three (head_dim 64) or two lists a multiprocessor
+//   9  each consumer's Q by itself, freed after its last QK; O leaves from the registers, 16 bytes a lane
+// Dead ends: skipping the rescale of the accumulator when no maximum moved; some exponentials by polynomial; Q in registers;
+// one loop through all items, so that an item's last product runs under the next one's first (registers).
 //
-// A thread block is one producer warpgroup (one warp of it works) and CONSUMERS consumer warpgroups of 64 query rows.
-// Blocks of 64 tokens run one consumer a thread block and two (head_dim 64: three) thread blocks a multiprocessor.
+// A team is one warp of the producer warpgroup and CONSUMERS warpgroups of 64 query rows that share a list of blocks. Blocks of 64
+// have one consumer a team and several teams a thread block.
 //
-// Shared memory, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]):
-//   Q   Q_STAGES x BM x HEAD_DIM      query tile
-//   K   KV_STAGES x BN x HEAD_DIM     key tiles, and V the same: separate rings
-//   O   BM x HEAD_DIM                 finished output on its way to TMA
-//   barriers, one item record a Q stage {head, tile, number of key tiles, -}, one tile word a K stage
+// Shared memory, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]); of each team:
+//   Q   CONSUMERS x 64 x HEAD_DIM    query tiles
+//   K   STAGES x BN x HEAD_DIM       key tiles, and V the same: separate rings
+//   then of each team: barriers; an item's record a consumer {head, first row, number of key tiles, -}; a tile's record a K stage
+//   {PARTS parts, mask bits, words of unselected blocks}; the items under way
 #include "hopper.cuh"
 #include "mask.cuh"
 
 #define CONSUMERS (BLOCK_SIZE == 64 ? 1 : 2)
+#define TEAMS (BLOCK_SIZE > 64 ? 1 : HEAD_DIM == 64 ? 3 : 2)
 #define BM (64 * CONSUMERS)
-#define BN BM
-#define TILES_PER_BLOCK (BLOCK_SIZE / BN)
-#define Q_STAGES (CONSUMERS == 2 ? 2 : 1)
-#define KV_STAGES (HEAD_DIM == 64 ? 3 : 2)
-#define THREADS (128 * (CONSUMERS + 1))
-#define BLOCKS_PER_SM (CONSUMERS == 2 ? 1 : HEAD_DIM == 64 ? 3 : 2)
-#define PRODUCER_REGISTERS 24
-#define CONSUMER_REGISTERS (BLOCKS_PER_SM == 1 ? 240 : BLOCKS_PER_SM == 2 ? 208 : 136)
+#define BN (CONSUMERS == 2 ? 192 : HEAD_DIM == 64 ? 128 : 64)
+#define PART 64  // keys of one block in a tile
+#define PARTS (BN / PART)
+#define PARTS_PER_BLOCK (BLOCK_SIZE / PART)
+#define STAGES 2
+#define THREADS (128 * (CONSUMERS * TEAMS + 1))
+#define PRODUCER_REGISTERS (TEAMS == 3 ? 32 : BN * HEAD_DIM == 192 * 128 ? 24 : 40)
+#define CONSUMER_REGISTERS (TEAMS == 3 ? 160 : BN * HEAD_DIM == 192 * 128 ? 240 : 232)
 #define CONSUMER_WARPS (4 * CONSUMERS)
+#define NO_KEYS 0x7fff0000  // a part of a tile that holds nothing
+#define PANELS (HEAD_DIM / 64)
+#define RECORD_BYTES 48
 
-#define Q_BYTES (BM * HEAD_DIM * 2)
+#define Q_BYTES (64 * HEAD_DIM * 2)
 #define KV_BYTES (BN * HEAD_DIM * 2)
 #define Q_AT 0
-#define K_AT (Q_AT + Q_STAGES * Q_BYTES)
-#define V_AT (K_AT + KV_STAGES * KV_BYTES)
-#define O_AT (V_AT + KV_STAGES * KV_BYTES)
-#define BARRIERS_AT (O_AT + Q_BYTES)
-#define ITEMS_AT (BARRIERS_AT + 128)
-#define TILES_AT (ITEMS_AT + 16 * Q_STAGES)
-#define SHARED_BYTES (TILES_AT + 16 + 1024)
+#define K_AT (Q_AT + CONSUMERS * Q_BYTES)
+#define V_AT (K_AT + STAGES * KV_BYTES)
+#define TEAM_BYTES (V_AT + STAGES * KV_BYTES)
+#define BARRIERS_AT (TEAMS * TEAM_BYTES)
+#define BARRIER_BYTES 128
+#define ITEMS_AT (BARRIERS_AT + TEAMS * BARRIER_BYTES)
+#define TILES_AT (ITEMS_AT + TEAMS * 16 * CONSUMERS)
+#define SHARED_BYTES (TILES_AT + TEAMS * RECORD_BYTES * (STAGES + 1) + 1024)
 
-#define Q_FULL(i) (barriers + 8 * (i))
-#define Q_EMPTY(i) (barriers + 8 * (Q_STAGES + (i)))
-#define K_FULL(i) (barriers + 8 * (2 * Q_STAGES + (i)))
-#define K_EMPTY(i) (barriers + 8 * (2 * Q_STAGES + KV_STAGES + (i)))
-#define V_FULL(i) (barriers + 8 * (2 * Q_STAGES + 2 * KV_STAGES + (i)))
-#define V_EMPTY(i) (barriers + 8 * (2 * Q_STAGES + 3 * KV_STAGES + (i)))
+#define Q_FULL(i) (barriers + 8 * (i))  // of consumer i
+#define Q_EMPTY(i) (barriers + 8 * (CONSUMERS + (i)))
+#define K_FULL(i) (barriers + 8 * (2 * CONSUMERS + (i)))
+#define K_EMPTY(i) (barriers + 8 * (2 * CONSUMERS + STAGES + (i)))
+#define V_FULL(i) (barriers + 8 * (2 * CONSUMERS + 2 * STAGES + (i)))
+#define V_EMPTY(i) (barriers + 8 * (2 * CONSUMERS + 2 * STAGES + STAGES + (i)))
 
 // A position in a ring of buffers, with the parity to wait for.
-template <int STAGES> struct Ring {
+struct Ring {
   int stage;
   uint32_t parity;
   DEVICE void advance() {
@@ -61,47 +71,51 @@ template <int STAGES> struct Ring {
 };
 
 // ------------------------------------------------------------------------------------------------ producer
-// A tile word names what a key tile holds: the position of its first key, or ~(first row of the compact anchors).
+// A tile's record: a word a part {first key of the part, or ~(first row of the compact anchors), or NO_KEYS}; in the fourth word a bit
+// for each part that needs a mask; then, for a part of anchors, two words of unselected blocks.
+// Lane p of the producer's warp looks after part p.
 struct Producer {
-  const TensorMap *keys, *values, *anchor_keys, *anchor_values;
-  uint32_t base, barriers;
-  int lane, kv_head, previous, have_previous;
-  Ring<KV_STAGES> k, v;
+  uint32_t base, barriers, tiles;
+  int lane, kv_head, first_row_sees;
+  int part, previous, filled, sent;  // this lane's part of the tile being filled, and of the tile whose values come next
+  Ring k, v;
 
-  DEVICE void load_keys(int tile) {
-    barrier_wait(K_EMPTY(k.stage), k.parity);
-    if (lane == 0) {
-      store_shared(base + TILES_AT + 4 * k.stage, (uint32_t)tile);
-      barrier_arrive_expecting(K_FULL(k.stage), KV_BYTES);
-      tma_load(base + K_AT + k.stage * KV_BYTES, tile < 0 ? anchor_keys : keys, K_FULL(k.stage), tile < 0 ? ~tile : tile, kv_head, L2_EVICT_LAST);
+  DEVICE void copy(uint32_t to, uint32_t barrier, const TensorMap* blocks, const TensorMap* anchors, int part) {
+    const int first = __shfl_sync(0xffffffffu, part, 0);
+    if (lane == 0) barrier_arrive_expecting(barrier, KV_BYTES);
+    if (part == NO_KEYS) part = first;  // something, to be hidden
+    if (lane < PARTS) {
+#pragma unroll
+      for (int panel = 0; panel < PANELS; ++panel)
+        tma_load_panel(to + panel * (BN * 128) + lane * (PART * 128), part < 0 ? anchors : blocks, barrier, panel, part < 0 ? ~part : part, kv_head, L2_EVICT_LAST);
     }
-    k.advance();
   }
-  DEVICE void load_values(int tile) {
+  DEVICE void load_values(const TensorMap* blocks, const TensorMap* anchors) {
     barrier_wait(V_EMPTY(v.stage), v.parity);
-    if (lane == 0) {
-      barrier_arrive_expecting(V_FULL(v.stage), KV_BYTES);
-      tma_load(base + V_AT + v.stage * KV_BYTES, tile < 0 ? anchor_values : values, V_FULL(v.stage), tile < 0 ? ~tile : tile, kv_head, L2_EVICT_LAST);
-    }
+    copy(base + V_AT + v.stage * KV_BYTES, V_FULL(v.stage), blocks, anchors, previous);
     v.advance();
   }
-  // The keys of this tile, then the values of the one before: the order in which they are used.
-  DEVICE void load(int tile) {
-    load_keys(tile);
-    if (have_previous) load_values(previous);
-    previous = tile;
-    have_previous = 1;
+  template <class Unselected> DEVICE void load_keys(const TensorMap* blocks, const TensorMap* anchors, Unselected unselected) {
+    if (lane >= filled) part = NO_KEYS;
+    const uint32_t masked = __ballot_sync(0xffffffffu, lane < PARTS && (part < 0 || part + PART - 1 > first_row_sees));
+    barrier_wait(K_EMPTY(k.stage), k.parity);
+    const uint32_t record = tiles + RECORD_BYTES * k.stage;
+    if (masked) {
+      if (lane < PARTS) {
+        store_shared(record + 4 * lane, (uint32_t)part);
+        if (part < 0) {
+          store_shared(record + 16 + 8 * lane, unselected(~part, 0));
+          store_shared(record + 20 + 8 * lane, unselected(~part, 1));
+        }
+      }
+      __syncwarp();
+    }
+    if (lane == 0) store_shared(record + 12, masked);
+    copy(base + K_AT + k.stage * KV_BYTES, K_FULL(k.stage), blocks, anchors, part);
+    k.advance();
+    filled = 0;
   }
 };
-
-// Which tiles of the compact anchors a query block needs: one word of unselected blocks a lane -> one bit a tile, at its first word.
-DEVICE uint32_t anchor_tiles(uint32_t unselected) {
-  uint32_t any = __ballot_sync(0xffffffffu, unselected != 0);
-  any |= any >> 1;
-  if (BN == 64) return any & 0x55555555u;
-  any |= any >> 2;
-  return any & 0x11111111u;
-}
 
 // ------------------------------------------------------------------------------------------------ consumer
 // A warp is done with a buffer: its reads come before the one arrival that stands for all its lanes.
@@ -114,7 +128,7 @@ DEVICE void multiply_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 16; ++step) {
     const int panel = step >> 2, column = (step & 3) * 2;
-    wgmma_shared(s, q + panel * (BM * 128 / 16) + column, k + panel * (BN * 128 / 16) + column, step > 0);
+    wgmma_shared(s, q + panel * (64 * 128 / 16) + column, k + panel * (BN * 128 / 16) + column, step > 0);
   }
 }
 // out[64 x HEAD_DIM] += P[64 x BN] V[BN x HEAD_DIM]
@@ -126,6 +140,37 @@ DEVICE void multiply_pv(float (&o)[HEAD_DIM / 2], uint32_t (&p)[BN / 4], uint64_
 DEVICE void to_16_bit(uint32_t (&p)[BN / 4], const float (&s)[BN / 2]) {
 #pragma unroll
   for (int i = 0; i < BN / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
+}
+
+// Word j of lane i of a quad becomes word i of lane j.
+DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool high = lane & step;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? x[j] : x[j + step], step);
+      (high ? x[j] : x[j + step]) = got;
+    }
+  }
+}
+// Hides what the rows of this thread may not see in a tile; `masked` has a bit for each part that needs it.
+DEVICE void hide(float (&s)[BN / 2], uint32_t masked, uint32_t record, int4 item, int row, int column, const Shape& shape, const int* anchors) {
+  const int last0 = last_visible_key(shape, item.y + row);
+  const Mask<PART> mask = {anchors, item.x / (shape.num_q_heads / shape.num_kv_heads), visible_blocks(shape, item.y / BLOCK_SIZE), last0,
+                           shape.causal ? last0 + 8 : last0, last_visible_key(shape, item.y), column};
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p) {
+    if (!(masked >> p & 1)) continue;
+    const int part = load_shared(record + 4 * p);
+    if (part >= 0) {
+      mask.hide_keys(s + p * (PART / 2), part);
+    } else {
+      const uint32_t unselected[2] = {(uint32_t)load_shared(record + 16 + 8 * p), (uint32_t)load_shared(record + 20 + 8 * p)};
+      mask.hide_anchors(s + p * (PART / 2), ~part, unselected, shape);
+    }
+  }
 }
 
 struct Rows {  // the running softmax of a thread's two rows, r and r + 8
@@ -171,154 +216,201 @@ struct Rows {  // the running softmax of a thread's two rows, r and r + 8
 // Grid: any number of thread blocks up to the multiprocessors' room; items are dealt by an atomic counter.
 // work [num_items] {query head, tile of BM rows}; lse [Hq, Lq]; broken: {count, -}, then {head, first of 16 rows} for
 // each output that is not finite: repair.cu looks at those. words null: dense attention.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
-    const __grid_constant__ TensorMap output, const __grid_constant__ TensorMap anchor_keys, const __grid_constant__ TensorMap anchor_values,
-    const Shape shape, const int2* __restrict__ work, int num_items, const uint32_t* __restrict__ words, const int* __restrict__ anchors,
+    const __grid_constant__ TensorMap anchor_keys, const __grid_constant__ TensorMap anchor_values, uint32_t* __restrict__ out, const Shape shape, const int2* __restrict__ work, int num_items, const uint32_t* __restrict__ words, const int* __restrict__ anchors,
     float* __restrict__ lse, int* __restrict__ counter, int* __restrict__ broken)
 {
   DYNAMIC_SHARED(shared);
-  const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
-  const uint32_t barriers = base + BARRIERS_AT;
   const int thread = threadIdx.x, lane = thread & 31;
-  const int warpgroup = __shfl_sync(0xffffffffu, thread >> 7, 0);  // tells the compiler that it is uniform in a warp
+  const int warp = __shfl_sync(0xffffffffu, thread >> 5, 0);  // tells the compiler that it is uniform in a warp
+  const int warpgroup = warp >> 2;
+  const int team = TEAMS == 1 ? 0 : warpgroup == 0 ? warp : warpgroup - 1;
+  const uint32_t start = (shared_address(shared) + 1023u) & ~1023u, base = start + team * TEAM_BYTES;
+  const uint32_t barriers = start + BARRIERS_AT + team * BARRIER_BYTES;
+  const uint32_t items = start + ITEMS_AT + team * (16 * CONSUMERS), tiles = start + TILES_AT + team * (RECORD_BYTES * (STAGES + 1));
 
-  if (thread == 0) {
-    for (int i = 0; i < Q_STAGES; ++i) { barrier_init(Q_FULL(i), 1); barrier_init(Q_EMPTY(i), CONSUMER_WARPS); }
-    for (int i = 0; i < KV_STAGES; ++i) {
+  if (warpgroup == 0 && warp < TEAMS && lane == 0) {
+    for (int i = 0; i < CONSUMERS; ++i) { barrier_init(Q_FULL(i), 1); barrier_init(Q_EMPTY(i), 4); }
+    for (int i = 0; i < STAGES; ++i) {
       barrier_init(K_FULL(i), 1); barrier_init(K_EMPTY(i), CONSUMER_WARPS);
       barrier_init(V_FULL(i), 1); barrier_init(V_EMPTY(i), CONSUMER_WARPS);
     }
     barrier_init_fence();
-    tma_prefetch(&queries); tma_prefetch(&keys); tma_prefetch(&values); tma_prefetch(&output);
+    tma_prefetch(&queries); tma_prefetch(&keys); tma_prefetch(&values);
   }
   __syncthreads();
   const int group = shape.num_q_heads / shape.num_kv_heads;
 
   if (warpgroup == 0) {
     registers_release<PRODUCER_REGISTERS>();
-    if (thread < 32) {
-      Producer p = {&keys, &values, &anchor_keys, &anchor_values, base, barriers, lane, 0, 0, 0, {0, 1}, {0, 1}};
-      Ring<Q_STAGES> q = {0, 1};
+    if (warp < TEAMS) {
+      Producer p = {base, barriers, tiles, lane, 0, 0, NO_KEYS, NO_KEYS, 0, 0, {0, 1}, {0, 1}};
+      uint32_t q_parity = 1;
       const int chunks = ceil_div(shape.words_per_row, 32);
-      int item = blockIdx.x;
-      int2 next = item < num_items ? work[item] : make_int2(0, 0);
-      while (item < num_items) {
-        const int head = next.x, tile_row = next.y * BM;
-        const int q_block = tile_row / shape.block_size, visible = visible_blocks(shape, q_block);
-        // tiles of keys no row of this tile sees are left out (the upper half of a block of 256)
-        const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, tile_row + BM)) : shape.k_len;
-        int following = lane == 0 ? atomicAdd(counter, 1) + (int)gridDim.x : 0;
-        following = __shfl_sync(0xffffffffu, following, 0);
-        if (following < num_items) next = work[following];
-
-        int num_tiles = 0;
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-          const int w = 32 * chunk + lane;
-          const uint32_t selected = selected_word(words, shape, head, q_block, w, visible);
-          int n = __popc(selected) * TILES_PER_BLOCK;
-          if (TILES_PER_BLOCK == 2) {  // of the last blocks, only the tiles that begin before `stop`
-            for (int b = (stop - 1) / BLOCK_SIZE; b < visible; ++b)
-              if (b / 32 == w && (selected >> (b & 31) & 1)) n -= (2 * b * BN >= stop) + (2 * b * BN + BN >= stop);
-          }
-          num_tiles += __reduce_add_sync(0xffffffffu, n);
-          if (shape.key_anchors) num_tiles += shape.key_anchors * __popc(anchor_tiles(bits_below(w, visible) & ~selected));
+      // Three items are under way: this one, the next (its mask is being read) and the one after (its number is being drawn).
+      const uint32_t under_way = tiles + RECORD_BYTES * STAGES;  // {head, tile} of this item and of the next; registers are short
+      const auto word_of = [&](uint32_t at, int chunk) {
+        const int head = load_shared(at), q_block = load_shared(at + 4) * BM / BLOCK_SIZE;
+        return selected_word(words, shape, head, q_block, 32 * chunk + lane, visible_blocks(shape, q_block));
+      };
+      const auto put = [&](uint32_t at, int number) {
+        const int2 x = number < num_items ? work[number] : make_int2(0, 0);
+        if (lane == 0) {
+          store_shared(at, (uint32_t)x.x);
+          store_shared(at + 4, (uint32_t)x.y);
         }
-
-        p.kv_head = head / group;
-        p.have_previous = 0;
-        int q_loaded = 0;
+        __syncwarp();
+      };
+      int item = team * gridDim.x + blockIdx.x;
+      put(under_way, item);
+      uint32_t first_word = word_of(under_way, 0), next_word = 0;
+      int drawn = lane == 0 ? atomicAdd(counter, 1) : 0;
+      int following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
+      put(under_way + 8, following);
+      while (item < num_items) {
+        const int tile_row = load_shared(under_way + 4) * BM;
+        // parts that no row of this item sees are left out (of the last block of 128 or 256)
+        const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, tile_row + BM)) : shape.k_len;
+        const auto mask_word = [&](int chunk, int rank) {  // blocks whose keys are wanted, or (rank >= 0) whose anchors are
+          const uint32_t selected = chunk == 0 ? first_word : word_of(under_way, chunk);
+          if (rank < 0) return selected;
+          return bits_below(32 * chunk + lane, visible_blocks(shape, load_shared(under_way + 4) * BM / BLOCK_SIZE)) & ~selected;
+        };
+        int num_parts = 0;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          const uint32_t selected = mask_word(chunk, -1);
+          int n = __popc(selected) * PARTS_PER_BLOCK;
+          if (PARTS_PER_BLOCK > 1) {
+            for (int b = stop / BLOCK_SIZE; b < stop / BLOCK_SIZE + 2; ++b)
+              if (b / 32 == 32 * chunk + lane && (selected >> (b & 31) & 1)) n -= PARTS_PER_BLOCK - ceil_div(max(stop - b * BLOCK_SIZE, 0), PART);
+          }
+          num_parts += __reduce_add_sync(0xffffffffu, n);
+          if (shape.key_anchors) {
+            const uint32_t any = __ballot_sync(0xffffffffu, mask_word(chunk, 0) != 0);
+            num_parts += shape.key_anchors * __popc((any | any >> 1) & 0x55555555u);
+          }
+        }
+        p.kv_head = load_shared(under_way) / group;
+        p.first_row_sees = last_visible_key(shape, tile_row);
+        p.sent = 0;
         const auto load_q = [&] {
-          barrier_wait(Q_EMPTY(q.stage), q.parity);
-          if (lane == 0) {
-            store_shared(base + ITEMS_AT + 16 * q.stage, make_int4(head, next.x, num_tiles, tile_row));
-            if (num_tiles) {
-              barrier_arrive_expecting(Q_FULL(q.stage), Q_BYTES);
-              tma_load(base + Q_AT + q.stage * Q_BYTES, &queries, Q_FULL(q.stage), tile_row, head, L2_EVICT_FIRST);
-            } else {
-              barrier_arrive(Q_FULL(q.stage));
+          const int head = load_shared(under_way);
+          for (int i = 0; i < CONSUMERS; ++i) {
+            const int row = load_shared(under_way + 4) * BM + 64 * i;
+            barrier_wait(Q_EMPTY(i), q_parity);
+            if (lane == 0) {
+              store_shared(items + 16 * i, make_int4(head, row, ceil_div(num_parts, PARTS), 0));
+              if (num_parts) {
+                barrier_arrive_expecting(Q_FULL(i), Q_BYTES);
+                tma_load(base + Q_AT + i * Q_BYTES, &queries, Q_FULL(i), row, head, L2_EVICT_FIRST);
+              } else {
+                barrier_arrive(Q_FULL(i));
+              }
             }
           }
-          q.advance();
-          q_loaded = 1;
+          q_parity ^= 1;
+          next_word = word_of(under_way + 8, 0);
+          if (lane == 0) drawn = atomicAdd(counter, 1);
         };
-        const auto load = [&](int tile) {
-          p.load(tile);
-          if (!q_loaded) load_q();
+        // The keys of a tile, then the values of the one before: the order in which they are used.
+        const auto send = [&] {
+          p.load_keys(&keys, &anchor_keys, [&](int anchor, int i) {
+            const int q_block = load_shared(under_way + 4) * BM / BLOCK_SIZE;
+            return unselected_word(words, shape, load_shared(under_way), q_block, anchor % shape.anchor_pitch / 32 + i, visible_blocks(shape, q_block));
+          });
+          if (p.sent++) p.load_values(&values, &anchor_values);
+          else load_q();
+          p.previous = p.part;
         };
-        for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-          const uint32_t mine = selected_word(words, shape, head, q_block, 32 * chunk + lane, visible);
-          for (int w = 31; w >= 0; --w) {
-            uint32_t bits = __shfl_sync(0xffffffffu, mine, w);
-            while (bits) {
-              const int bit = 31 - __clz(bits);
-              bits &= ~(1u << bit);
-              for (int t = TILES_PER_BLOCK - 1; t >= 0; --t) {
-                const int key = (32 * (32 * chunk + w) + bit) * BLOCK_SIZE + t * BN;
-                if (TILES_PER_BLOCK == 1 || key < stop) load(key);
+#pragma unroll 1
+        for (int rank = -1; rank < shape.key_anchors; ++rank) {
+#pragma unroll 1
+          for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+            const uint32_t mine = mask_word(chunk, rank);
+            uint32_t todo = __ballot_sync(0xffffffffu, mine != 0);
+            if (rank >= 0) todo = (todo | todo >> 1) & 0x55555555u;
+#pragma unroll 1
+            while (todo) {
+              const int w = 31 - __clz(todo);
+              todo &= ~(1u << w);
+              uint32_t bits = rank < 0 ? __shfl_sync(0xffffffffu, mine, w) : 1u;
+#pragma unroll 1
+              while (bits) {
+                const int bit = 31 - __clz(bits);
+                bits &= ~(1u << bit);
+                const int block = 32 * (32 * chunk + w) + bit;
+#pragma unroll 1
+                for (int i = rank < 0 ? PARTS_PER_BLOCK - 1 : 0; i >= 0; --i) {
+                  const int key = block * BLOCK_SIZE + i * PART;
+                  if (rank < 0 && key >= stop) continue;
+                  if (lane == p.filled) p.part = rank < 0 ? key : ~(rank * shape.anchor_pitch + block);
+                  if (++p.filled == PARTS) send();
+                }
               }
             }
           }
         }
-        for (int chunk = 0; shape.key_anchors && chunk < chunks; ++chunk) {
-          const int w = 32 * chunk + lane;
-          uint32_t tiles = anchor_tiles(bits_below(w, visible) & ~selected_word(words, shape, head, q_block, w, visible));
-          while (tiles) {
-            const int first_word = __ffs(tiles) - 1;
-            tiles &= tiles - 1;
-            for (int rank = 0; rank < shape.key_anchors; ++rank) load(~(rank * shape.anchor_pitch + 32 * (32 * chunk + first_word)));
-          }
-        }
-        if (!q_loaded) load_q();  // nothing to attend to
-        if (p.have_previous) p.load_values(p.previous);
+        if (p.filled) send();
+        if (num_parts == 0) load_q();  // nothing to attend to
         item = following;
+        first_word = next_word;
+        __syncwarp();  // all have read what is overwritten now
+        if (lane < 2) store_shared(under_way + 4 * lane, (uint32_t)load_shared(under_way + 8 + 4 * lane));
+        __syncwarp();
+        following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
+        if (p.sent) p.load_values(&values, &anchor_values);
+        put(under_way + 8, following);
       }
-      barrier_wait(Q_EMPTY(q.stage), q.parity);
-      if (lane == 0) {
-        store_shared(base + ITEMS_AT + 16 * q.stage, make_int4(0, 0, -1, 0));  // the end
-        barrier_arrive(Q_FULL(q.stage));
+      for (int i = 0; i < CONSUMERS; ++i) {
+        barrier_wait(Q_EMPTY(i), q_parity);
+        if (lane == 0) {
+          store_shared(items + 16 * i, make_int4(0, 0, -1, 0));  // the end
+          barrier_arrive(Q_FULL(i));
+        }
       }
     }
   } else {
     registers_acquire<CONSUMER_REGISTERS>();
-    const int consumer = warpgroup - 1;
+    const int consumer = CONSUMERS == 2 ? warpgroup - 1 : 0;
     const int wg_thread = thread & 127;
     const int row = (wg_thread >> 5) * 16 + (lane >> 2);  // this thread's rows of the warpgroup's 64: row and row + 8
     const float c = shape.scale_log2;
     if (CONSUMERS == 2 && consumer == 0) named_arrive(1, 256);  // the first turn
-    Ring<Q_STAGES> q = {0, 0};
-    Ring<KV_STAGES> k = {0, 0}, v = {0, 0};
+    uint32_t q_parity = 0;
+    const uint32_t item_record = items + 16 * consumer;
+    Ring k = {0, 0}, v = {0, 0};
     while (true) {
-      barrier_wait(Q_FULL(q.stage), q.parity);
-      const int4 item = load_shared4(base + ITEMS_AT + 16 * q.stage);
-      const int num_tiles = item.z;
+      barrier_wait(Q_FULL(consumer), q_parity);
+      q_parity ^= 1;
+      const int num_tiles = load_shared(item_record + 8);
       if (num_tiles < 0) break;
-      const int first_row = item.w + consumer * 64;
-      const int last0 = last_visible_key(shape, first_row + row);
-      const int q_block = item.w / shape.block_size;
-      const Mask<BN> mask = {words, anchors, item.x, item.x / group, q_block, visible_blocks(shape, q_block), last0,
-                         shape.causal ? last0 + 8 : last0, last_visible_key(shape, first_row), (lane & 3) * 2};
       float o[HEAD_DIM / 2];
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
       Rows rows = {-INFINITY_F, -INFINITY_F, 0.f, 0.f, 1.f, 1.f};
 
-      if (num_tiles > 0) {
-        const uint64_t q_tile = tile_descriptor(base + Q_AT + q.stage * Q_BYTES + consumer * (64 * 128), 16);
+      int4 item;
+      if (num_tiles == 0) {
+        item = load_shared4(item_record);
+        release(Q_EMPTY(consumer), lane);
+      } else {
+        const uint64_t q_tile = tile_descriptor(base + Q_AT + consumer * Q_BYTES, 16);
         uint32_t p[BN / 4];
         {
           float s[BN / 2];
           barrier_wait(K_FULL(k.stage), k.parity);
-          const int tile = load_shared(base + TILES_AT + 4 * k.stage);
+          const uint32_t record = tiles + RECORD_BYTES * k.stage;
+          const uint32_t masked = load_shared(record + 12);
           pin(s);
           wgmma_fence();
           multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
           wgmma_commit();
           wgmma_wait<0>();
           pin(s);
+          if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
           release(K_EMPTY(k.stage), lane);
           k.advance();
-          mask.hide(s, tile, shape);
           rows.absorb(s, c);
           to_16_bit(p, s);
           if (num_tiles > 1) barrier_wait(K_FULL(k.stage), k.parity);
@@ -326,7 +418,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
 #pragma unroll 1
         for (int j = 1; j < num_tiles; ++j) {
           float s[BN / 2];
-          const int tile = load_shared(base + TILES_AT + 4 * k.stage);
+          const uint32_t record = tiles + RECORD_BYTES * k.stage;
+          const uint32_t masked = load_shared(record + 12);
           if (CONSUMERS == 2) named_sync(1 + consumer, 256);
           pin(s);
           wgmma_fence();
@@ -341,13 +434,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
           if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
           wgmma_wait<1>();
           pin(s);
+          if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
           release(K_EMPTY(k.stage), lane);
           k.advance();
-          mask.hide(s, tile, shape);
           rows.absorb(s, c);
           pin(s);
           // The next keys are waited for here: the branch keeps the compiler from moving the wait for the PV product above
-          // the exponentials, which would end their overlap.
+          // the exponentials, team would end their overlap.
           if (j + 1 < num_tiles) barrier_wait(K_FULL(k.stage), k.parity);
           wgmma_wait<0>();
           pin(o);
@@ -363,6 +456,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
             o[4 * i + 3] *= rows.scale1;
           }
         }
+        item = load_shared4(item_record);
+        release(Q_EMPTY(consumer), lane);  // Q and the item's record are free
         barrier_wait(V_FULL(v.stage), v.parity);
         pin(o);
         pin(p);
@@ -377,37 +472,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_sm90
         release(V_EMPTY(v.stage), lane);
         v.advance();
       }
-      release(Q_EMPTY(q.stage), lane);  // Q and the item record are free
-      q.advance();
 
+      const int head = item.x, first_row = item.y;
       const float scale0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0;
       const float scale1 = rows.sum1 == 0.f ? 0.f : 1.f / rows.sum1;
-      if (wg_thread == 0) tma_wait_read();  // the store before has left O
-      named_sync(3 + consumer, 128);
-      const uint32_t o_tile = base + O_AT + consumer * (64 * HEAD_DIM * 2);
       float not_finite = 0.f;  // stays 0 unless some output is NaN or infinite
+      // The four lanes of a row exchange what they hold, so that each stores 16 bytes at a time.
+      int4* const to = (int4*)out + ((int64_t)head * shape.q_len + first_row + row) * (HEAD_DIM / 8) + (lane & 3);
+      const int rows_left = shape.q_len - first_row - row;
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        const uint32_t at = o_tile + (i >> 3) * (64 * 128) + row * 128 + ((((i & 7) ^ (row & 7)) << 4) | ((lane & 3) << 2));
-        const float a = o[4 * i] * scale0, b = o[4 * i + 1] * scale0, d = o[4 * i + 2] * scale1, e = o[4 * i + 3] * scale1;
-        not_finite += a * 0.f + b * 0.f + d * 0.f + e * 0.f;
-        store_shared(at, pack(a, b));
-        store_shared(at + 8 * 128, pack(d, e));
+      for (int i = 0; i < HEAD_DIM / 8; i += 4) {
+        uint32_t upper[4], lower[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float a = o[4 * (i + j)] * scale0, b = o[4 * (i + j) + 1] * scale0, d = o[4 * (i + j) + 2] * scale1, e = o[4 * (i + j) + 3] * scale1;
+          not_finite += a * 0.f + b * 0.f + d * 0.f + e * 0.f;
+          upper[j] = pack(a, b);
+          lower[j] = pack(d, e);
+        }
+        transpose_quad(upper, lane);
+        transpose_quad(lower, lane);
+        if (rows_left > 0) to[i] = make_int4(upper[0], upper[1], upper[2], upper[3]);
+        if (rows_left > 8) to[i + 8 * (HEAD_DIM / 8)] = make_int4(lower[0], lower[1], lower[2], lower[3]);
       }
-      fence_shared_for_tma();
-      named_sync(3 + consumer, 128);
-      if (wg_thread == 0) tma_store(&output, o_tile, first_row, item.x);
       if (__any_sync(0xffffffffu, not_finite != 0.f) && lane == 0) {
         const int slot = atomicAdd(broken, 1);
-        broken[2 + 2 * slot] = item.x;
+        broken[2 + 2 * slot] = head;
         broken[3 + 2 * slot] = first_row + (wg_thread >> 5) * 16;
       }
       if ((lane & 3) == 0) {
         const int at = first_row + row;
-        if (at < shape.q_len) lse[(int64_t)item.x * shape.q_len + at] = (rows.max0 * c + log2_fast(rows.sum0)) * 0.6931471805599453f;
-        if (at + 8 < shape.q_len) lse[(int64_t)item.x * shape.q_len + at + 8] = (rows.max1 * c + log2_fast(rows.sum1)) * 0.6931471805599453f;
+        if (at < shape.q_len) lse[(int64_t)head * shape.q_len + at] = (rows.max0 * c + log2_fast(rows.sum0)) * 0.6931471805599453f;
+        if (at + 8 < shape.q_len) lse[(int64_t)head * shape.q_len + at + 8] = (rows.max1 * c + log2_fast(rows.sum1)) * 0.6931471805599453f;
       }
     }
-    if (wg_thread == 0) tma_wait_all();
   }
 }

@@ -27,14 +27,10 @@ DEVICE void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int ro
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %3, %5}], [%2], %6;"
                ::"r"(to), "l"((uint64_t)map), "r"(barrier), "r"(0), "r"(row), "r"(head), "l"(policy) : "memory");
 }
-DEVICE void tma_store(const TensorMap* map, uint32_t from, int row, int head) {  // rows past the end of the array are dropped
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %2, %4}], [%1];"
-               ::"l"((uint64_t)map), "r"(from), "r"(0), "r"(row), "r"(head) : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+DEVICE void tma_load_panel(uint32_t to, const TensorMap* map, uint32_t barrier, int panel, int row, int head, uint64_t policy) {  // 64 columns
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+               ::"r"(to), "l"((uint64_t)map), "r"(barrier), "r"(0), "r"(row), "r"(panel), "r"(head), "l"(policy) : "memory");
 }
-DEVICE void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-DEVICE void tma_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-DEVICE void fence_shared_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- registers between warpgroups
 template <int N> DEVICE void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
@@ -72,6 +68,9 @@ WGMMA_SHARED(wgmma_shared, ELEMENT_TYPE, "m64n64k16", 32, D32(0), OPERANDS_0_TO_
 #define D64(i) D32(i), D32(i + 32)
 #define OUTPUTS_64 D32(0), D32(32)
 WGMMA_SHARED(wgmma_shared, ELEMENT_TYPE, "m64n128k16", 64, OUTPUTS_64, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_63, "%64", "%65", "%66")
+#define OUTPUTS_96 D32(0), D32(32), D32(64)
+#define OPERANDS_64_TO_95 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+WGMMA_SHARED(wgmma_shared, ELEMENT_TYPE, "m64n192k16", 96, OUTPUTS_96, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_63 ", " OPERANDS_64_TO_95, "%96", "%97", "%98")
 WGMMA_SHARED(wgmma_shared_half, "f16", "m64n128k16", 64, OUTPUTS_64, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_63, "%64", "%65", "%66")
 
 // d [64 x N] += a [64 x 16] b [16 x N]: a in registers, b in shared memory with the N contiguous ("MN-major").

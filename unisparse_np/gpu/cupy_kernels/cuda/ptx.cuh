@@ -24,6 +24,11 @@ typedef long long int64_t;
 #define ELEMENT_TYPE "bf16"
 #endif
 
+DEVICE int thread_again() {  // threadIdx.x, read anew at each use, so that nothing derived from it stays in registers
+  int t;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(t));
+  return t;
+}
 DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
 // ---- conversions
@@ -90,12 +95,6 @@ DEVICE void load_first(int4& v, const void* p, bool wanted) {  // the same, no l
 }
 DEVICE void use_after_here(int4& x) {  // what is made of x stays behind the loads above
   asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
-}
-
-DEVICE void fetch_to_l2(const void* p, int bytes) {  // soon, without waiting; multiples of 16 bytes. sm_90 and later, otherwise nothing
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
 }
 
 // ---- launches that overlap (sm_90 and later; the launch must ask for it, otherwise these do nothing)
