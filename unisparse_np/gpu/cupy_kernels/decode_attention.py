@@ -175,12 +175,27 @@ class DecodeAttention:
         running summary, kc [Hkc, ceil(capacity / c_k), d] float16 and anchors [Hkv, ceil(capacity / S), r], and takes the new key in.
         overlap: see `overlap.py`; position and all keys but the newest must be old. Returns out [Hq, d], this object's own unless given.
         """
-        out = self._out if out is None else out
-        words, anchors = NULL, NULL
+        words = None
         if self.selector is not None:
             assert summary is not None, "sparse decode needs the layer's key summary"
             words = self.selector.launch(q, keys, position, summary, overlap).words
-            anchors = summary.anchors if self.problem.config.key_anchors else NULL
+        return self.attend(q, keys, values, position, words, summary, out, overlap)
+
+    def attend(
+        self,
+        q: Any,
+        keys: Any,
+        values: Any,
+        position: Any,
+        words: Any,
+        summary: KeySummary | None = None,
+        out: Any = None,
+        overlap: bool = False,
+    ) -> Any:
+        """Step 6 alone: `launch` with the selected blocks given, words [mask rows, 1, ceil(capacity / S / 32)], None when dense."""
+        out = self._out if out is None else out
+        words = NULL if words is None else words
+        anchors = NULL if summary is None or not self.problem.config.key_anchors else summary.anchors
         self._split.launch(q[:, None], keys, values, out, self._lse, position, words, anchors, self._workspace, overlap)
         return out
 

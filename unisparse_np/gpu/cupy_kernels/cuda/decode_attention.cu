@@ -5,8 +5,9 @@
 //      keys at a time, keys and values go from global memory straight into the operands of mma.sync (few_rows.cuh); the loads of
 //      the next 16 are issued as soon as the registers of these are free
 //   2  the last thread block of a group merges with all its threads at once; the first keys are asked for before the queries
-//   3  no divisions before the first load; one thread's fences; the first keys of a dense step are asked for while the launch before
-//      this one ends (pointers are not __restrict__: reads must not move up over the wait)
+//   3  no divisions before the first load; one thread's fences
+//   4  the first keys of a dense step are asked for while the launch before this one ends (pointers are not __restrict__: reads must
+//      not move up over the wait)
 //
 // Who does what: decode_work.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
 // same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
