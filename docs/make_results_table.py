@@ -79,6 +79,42 @@ def selection_rows(result: dict[str, Any]) -> list[Row]:
     return list(selections.values())
 
 
+def llama_rows(result: dict[str, Any]) -> list[Row]:
+    """Prefill and decode of the 8B shape, transformers' rows first; a decode step beside what reading the weights alone would take."""
+    rows = [row for row in result["rows"] if row["work"] in ("prefill", "decode")]
+    dense = {row["tokens"]: row["seconds"] for row in rows if row["kernel"] == "ours dense"}
+    for row in rows:
+        if row["work"] == "decode" and row["tokens"] in dense:
+            row["times_faster_than_our_dense"] = dense[row["tokens"]] / row["seconds"]
+    return rows
+
+
+def density_of(row: Row) -> str:
+    """Measured, or what was asked of a decode step; nothing for the peer."""
+    return "" if row["kernel"].startswith("transformers") else f"{row.get('density') or row.get('given_density') or 1:.2f}"
+
+
+def number(name: str, form: str) -> Callable[[Row], str]:
+    """A number of the row, or nothing where it has none."""
+    return lambda row: "" if row.get(name) is None else format(row[name], form)
+
+
+def profile_rows(result: dict[str, Any]) -> list[Row]:
+    """The parts of one prefill, with the time that the card's matrix ceiling would allow."""
+    profile = next(row for row in result["rows"] if row["work"] == "profile")
+    ceiling = profile["ceiling_seconds"]
+    return [
+        {"part": part, "seconds": seconds, "share": seconds / profile["seconds"], "ceiling": ceiling.get(part)}
+        for part, seconds in profile["parts"].items()
+    ]
+
+
+def first_token_rows(result: dict[str, Any]) -> list[Row]:
+    return [{"engine": engine, **row} for engine, row in result["speed"]["rows"].items()]
+
+
+GPU = "nvidia_h100_80gb_hbm3"  # whose results are shown
+
 TABLES: list[tuple[str, Table]] = [
     (
         "needle_accuracy",
@@ -115,7 +151,7 @@ TABLES: list[tuple[str, Table]] = [
         ),
     ),
     (
-        "attention_gpu_nvidia_h100_80gb_hbm3",
+        f"attention_gpu_{GPU}",
         Table(
             "How fast is attention on a GPU? CuPy kernels, q [32, L, 128], k, v [8, L, 128], bfloat16, causal; times faster than PyTorch's "
             "cuDNN and FlashAttention 2, and than FlexAttention on the same block mask",
@@ -133,7 +169,7 @@ TABLES: list[tuple[str, Table]] = [
         ),
     ),
     (
-        "attention_gpu_nvidia_h100_80gb_hbm3",
+        f"attention_gpu_{GPU}",
         Table(
             "And choosing the blocks? Milliseconds of the same run",
             {
@@ -150,7 +186,7 @@ TABLES: list[tuple[str, Table]] = [
     (
         "numba_gpu",
         Table(
-            "And the Numba kernels, written to be followed? The same inputs for all: 8,192 tokens, q [32, L, 128], k, v [8, L, 128], causal, float32",
+            "And the Numba kernels, written to be followed? All read the same 8,192 tokens, q [32, L, 128], k, v [8, L, 128], causal",
             {
                 "kernel": lambda row: row["kernel"],
                 "work": lambda row: row["work"],
@@ -158,6 +194,51 @@ TABLES: list[tuple[str, Table]] = [
                 "TFLOP/s": lambda row: f"{row['tflops']:.2f}" if "tflops" in row else "",
             },
             lambda result: result["times"],
+        ),
+    ),
+    (
+        f"llama_gpu_{GPU}",
+        Table(
+            "How long does an 8B model take on one GPU? Llama-3.1-8B's shape, random bfloat16 weights, batch 1; the density of sparse "
+            "attention is given, because random weights concentrate nothing; transformers with cuDNN's and FlashAttention 2's kernels",
+            {
+                "work": lambda row: row["work"],
+                "tokens": lambda row: f"{row['tokens']:,}",
+                "engine": lambda row: row["kernel"],
+                "density": density_of,
+                "seconds": lambda row: f"{row['seconds']:.4g}" if "seconds" in row else "out of memory",
+                "x transformers, cuDNN": number("times_faster_than_cudnn", ".2f"),
+                "x our dense": number("times_faster_than_our_dense", ".2f"),
+                "peak memory, GB": lambda row: f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "",
+            },
+            llama_rows,
+        ),
+    ),
+    (
+        f"llama_gpu_{GPU}",
+        Table(
+            "Where does the time of 131,072 tokens at 25% density go?",
+            {
+                "part": lambda row: row["part"],
+                "seconds": number("seconds", ".2f"),
+                "share": number("share", ".0%"),
+                "at the matrix ceiling, s": number("ceiling", ".2f"),
+            },
+            profile_rows,
+        ),
+    ),
+    (
+        f"llama_parity_gpu_{GPU}",
+        Table(
+            "And a small one? SmolLM2-135M-Instruct in bfloat16, a prompt of 8,128 tokens, warm",
+            {
+                "engine": lambda row: row["engine"],
+                "first token, ms": lambda row: f"{1e3 * row['seconds_to_first_token']:.1f}",
+                "x transformers": number("times_faster_to_first_token", ".2f"),
+                "tokens/s after it": number("tokens_per_second", ",.0f"),
+                "density": number("density", ".3f"),
+            },
+            first_token_rows,
         ),
     ),
     (
