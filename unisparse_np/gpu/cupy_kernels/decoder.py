@@ -19,9 +19,7 @@ from ...problem import KeySummary, Problem
 from . import gemv, layers
 from .decode_attention import DecodeAttention, can_decode
 from .device import kernel
-from .overlap import l2_bytes, overlap_is_possible
-
-AHEAD_SHARE = 0.4  # of the L2 for weights that are fetched during attention
+from .overlap import overlap_is_possible
 
 
 class LayerStep(NamedTuple):
@@ -83,7 +81,6 @@ class Decoder:
         self._running: list[Any] = []  # the layers' RunningKeySummary, None where dense
         self._length_expected = -1  # of the cache, if nobody else wrote to it since the last step
         self._overlap = overlap_is_possible()
-        self._ahead_share = AHEAD_SHARE
         self._warm = False
         self._graph: Any = None
 
@@ -140,22 +137,12 @@ class Decoder:
             self._add_product(self._gated, weights.down, weights.down_bias)
         gemv.norm_gemv_float32(self._weights.head, self._x, self._weights.norm, eps, self._logits, self._overlap)
 
-    def _ahead(self, step: LayerStep) -> layers.Ahead | None:
-        """The weights after attention: a few keys keep the memory busy for half of attention's time, the L2 takes these in the other."""
-        if not self._overlap:
-            return None
-        keys, output = step.keys, step.weights.output
-        bytes_per_key = 2 * keys.shape[0] * keys.shape[2] * keys.itemsize
-        num_bytes = min(output.nbytes, int(self._ahead_share * l2_bytes())) // 16 * 16
-        return layers.Ahead(output, np.int64(num_bytes), l2_bytes() // bytes_per_key)
-
     def _launch_attention(self, step: LayerStep, eps: float) -> None:
         weights, overlap = step.weights, self._overlap
         gemv.norm_gemv(weights.qkv, self._x, weights.input_norm, eps, weights.qkv_bias, self._qkv, overlap)
         norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm, eps)
         outputs = (self._q, step.keys, step.values)
-        ahead = self._ahead(step)
-        layers.launch_rotation(self._qkv, self._table, norms, self._position, outputs, None, overlap=overlap, ahead=ahead)
+        layers.launch_rotation(self._qkv, self._table, norms, self._position, outputs, None, overlap=overlap)
         step.attention.launch(self._q[:, 0], step.keys, step.values, self._position, step.summary, self._attended, overlap)
         self._add_product(self._attended, weights.output, weights.output_bias)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import ml_dtypes
@@ -42,7 +42,6 @@ HELD_DTYPES = {
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 ROW_THREADS = 256  # of a thread block that works on rows
 ROTARY_WARPS, HEADS_AT_ONCE = 4, 4  # of rotary.cu
-AHEAD_BLOCKS = 64  # thread blocks of a warp that fetch ahead
 NULL = np.uint64(0)
 
 
@@ -181,7 +180,7 @@ def rotate_heads(
     kv_heads = len(k_room)
     q_heads = heads - 2 * kv_heads
     q = cupy.empty((q_heads, tokens, dim), qkv.dtype)
-    problem = Problem(q_heads, kv_heads, tokens, tokens, dim, config if isinstance(config, UniSparseConfig) else UniSparseConfig())
+    problem = _pooling_problem(q_heads, kv_heads, tokens, dim, config if isinstance(config, UniSparseConfig) else UniSparseConfig())
     pools = isinstance(config, UniSparseConfig) and uses_tensor_cores(problem, qkv.dtype)
     room = summary.room(tokens) if pools and summary is not None else None
     q_composites = cupy.empty((problem.num_composite_heads, problem.num_q_composites, dim), np.float16) if pools else None
@@ -193,22 +192,19 @@ def rotate_heads(
     return q, q_composites
 
 
-class Ahead(NamedTuple):
-    """Memory to fetch into the L2 while attention leaves the device's memory idle: an array's first bytes, below so many keys."""
-
-    array: Any
-    num_bytes: np.int64
-    most_keys: int
+@lru_cache(maxsize=256)
+def _pooling_problem(q_heads: int, kv_heads: int, tokens: int, dim: int, config: UniSparseConfig) -> Problem:
+    """Sizes of a chunk's composites, worked out once for all layers."""
+    return Problem(q_heads, kv_heads, tokens, tokens, dim, config)
 
 
 def launch_rotation(
     qkv: Any, table: Any, norms: Any, position: Any, outputs: tuple[Any, Any, Any], problem: Problem | None, q_composites: Any = None,
-    room: Any = None, summary: Any = None, overlap: bool = False, ahead: Ahead | None = None,
+    room: Any = None, summary: Any = None, overlap: bool = False,
 ) -> None:  # fmt: skip
     """The launch of rotary.cu: qkv [T, Hq + 2 Hkv, d] -> outputs (q [Hq, T, d], k and v [Hkv, .., d], written from row position on).
 
-    problem: None to pool nothing. room: places of the keys' composites and anchors, or None. overlap: see `overlap.py`. ahead: for a
-    single token, what a later launch will read.
+    problem: None to pool nothing. room: places of the keys' composites and anchors, or None. overlap: see `overlap.py`.
     """
     tokens, _, dim = qkv.shape
     q, k, v = outputs
@@ -227,10 +223,10 @@ def launch_rotation(
         qkv, table, q_norm, k_norm, float(eps), tokens, len(q), kv_heads, q_members, k_members, position, q, k, v, *element_strides(k),
         *element_strides(v), q_composites, *((None, np.int64(0)) if room is None else (room.kc, element_strides(room.kc)[0])),
         *((None, np.int64(0)) if anchors is None else (anchors, element_strides(anchors)[0])),
-        config.key_anchors, 0 if summary is None else summary.length, *((None, np.int64(0), 0) if ahead is None else ahead),
+        config.key_anchors, 0 if summary is None else summary.length,
     )  # fmt: skip
     groups = ceil_div(len(q) // q_members, at_once) + 2 * ceil_div(kv_heads // k_members, at_once)
-    grid = (groups + (0 if ahead is None else AHEAD_BLOCKS), ceil_div(tokens, config.block_size))
+    grid = (groups, ceil_div(tokens, config.block_size))
     launcher = _rotation_launcher(function, 32 * warps, shared, overlap, cupy.cuda.runtime.getDevice())
     launcher(*grid, *map(address, arguments))
 

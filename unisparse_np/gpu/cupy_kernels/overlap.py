@@ -71,9 +71,3 @@ def _launch_kernel_ex() -> Any:
     function.restype = ctypes.c_int
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return function
-
-
-def l2_bytes() -> int:
-    """The size of the current device's second-level cache."""
-    size: int = cupy.cuda.Device().attributes["L2CacheSize"]
-    return size

@@ -13,7 +13,6 @@
 #include "pool.cuh"
 
 #define HALF (HEAD_DIM / 2)
-#define AHEAD_PIECE 8192  // bytes
 // Heads that a warp works on side by side. WARPS is 1 for a single token; several heads of one composite are summed in their order.
 #define AT_ONCE (WARPS > 1 && !SEVERAL_MEMBERS && HEAD_DIM % 16 == 0 && !IS_FLOAT32 ? 4 : 1)
 
@@ -170,23 +169,15 @@ DEVICE void write_block(const Heads& heads, const Pooling& pooling, const float2
   }
 }
 
-// A thread block's share of memory that a later launch will read.
-DEVICE void fetch_ahead(const char* from, int64_t bytes, int place, int places) {
-  for (int64_t at = (int64_t)(place * blockDim.x + threadIdx.x) * AHEAD_PIECE; at < bytes; at += (int64_t)places * blockDim.x * AHEAD_PIECE)
-    fetch_to_l2(from + at, (int)(bytes - at < AHEAD_PIECE ? bytes - at : AHEAD_PIECE));
-}
-
 // qkv [T, Hq + 2 Hkv, d] -> q [Hq, T, d]; k, v [Hkv, T, d] by their strides, from row *position on where there is one.
 // qc [Hc, Tq, d], kc [Hkc, Tk, d] by its head stride, anchors [Hkv, Nk, r] by its head stride: of these tokens, or null. Tokens count
-// from the chunk's first, which is key first_key of the sequence. Grid: (AT_ONCE composite heads of q, of k, of v, and for a single
-// token as many more as fetch `ahead` into the L2, where few keys make attention leave the memory idle; blocks of tokens).
+// from the chunk's first, which is key first_key of the sequence. Grid: (AT_ONCE composite heads of q, of k, of v; blocks of tokens).
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) rotate_heads(
     const Element* qkv, const float2* table, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
     float eps, int tokens, int num_q_heads, int num_kv_heads, int q_members, int k_members, const int* position,
     Element* __restrict__ q, Element* __restrict__ k, Element* __restrict__ v, int64_t k_head_stride, int64_t k_row_stride,
     int64_t v_head_stride, int64_t v_row_stride, uint32_t* __restrict__ qc, uint32_t* __restrict__ kc, int64_t kc_head_stride,
-    int* __restrict__ anchors, int64_t anchor_head_stride, int key_anchors, int first_key, const char* ahead, int64_t ahead_bytes,
-    int most_keys_ahead)
+    int* __restrict__ anchors, int64_t anchor_head_stride, int key_anchors, int first_key)
 {
   DYNAMIC_SHARED(shared);
   float* norms = (float*)shared;
@@ -196,11 +187,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) rotate_heads(
   const int q_groups = (q_units + AT_ONCE - 1) / AT_ONCE, k_groups = (k_units + AT_ONCE - 1) / AT_ONCE;
   const int first_token = block * BLOCK_SIZE, last_token = min(tokens, first_token + BLOCK_SIZE);
   const int q_composites = (tokens + Q_COMPRESS - 1) / Q_COMPRESS;
-  const int rotating = q_groups + 2 * k_groups;
-  if (blockIdx.x >= rotating) {
-    if (*position < most_keys_ahead) fetch_ahead(ahead, ahead_bytes, blockIdx.x - rotating, gridDim.x - rotating);
-    return;
-  }
   wait_for_launch_before();  // qkv, table and position are not __restrict__: their reads must not be moved up
   const int row = position ? *position : 0;
   const Element* k_from = qkv + num_q_heads * HEAD_DIM;
