@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -32,7 +33,7 @@ class RunningKeySummary:
     def __init__(
         self, config: UniSparseConfig, num_q_heads: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: Any = np.float16
     ) -> None:
-        shape = Problem(num_q_heads, num_kv_heads, q_len=1, k_len=max(1, capacity), head_dim=head_dim, config=config)
+        shape = _shape_of(num_q_heads, num_kv_heads, max(1, capacity), head_dim, config)
         self.config = config
         self.capacity = capacity
         self.length = 0
@@ -57,6 +58,8 @@ class RunningKeySummary:
         if pooled.anchors is not None:
             room.anchors[...] = cupy.where(pooled.anchors < 0, np.int32(-1), pooled.anchors + np.int32(first))
         self._count(k_new.shape[1], recent)
+        if self._open_block is not None:
+            self._open_block = self._open_block.copy()  # the caller's array may change
 
     def room(self, tokens: int) -> KeySummary | None:
         """Where composites and anchors of the next keys belong, as views; None when the keys so far end inside a block."""
@@ -66,7 +69,7 @@ class RunningKeySummary:
         return self._places(self.length, tokens)
 
     def took(self, k_new: Any) -> None:
-        """`room` for these next keys, k_new [Hkv, T, d], has been filled: they now count."""
+        """`room` for these next keys, k_new [Hkv, T, d], has been filled: they now count. k_new is of a cache: it stays as it is."""
         self._count(k_new.shape[1], k_new)
 
     def summary(self) -> KeySummary:
@@ -96,4 +99,10 @@ class RunningKeySummary:
         """`tokens` more keys are in; recent [Hkv, T, d] ends with them and holds all of the last block that is not full."""
         self.length += tokens
         left = self.length % self.config.block_size
-        self._open_block = recent[:, recent.shape[1] - left :].copy() if left else None
+        self._open_block = recent[:, recent.shape[1] - left :] if left else None
+
+
+@lru_cache(maxsize=64)
+def _shape_of(num_q_heads: int, num_kv_heads: int, capacity: int, head_dim: int, config: UniSparseConfig) -> Problem:
+    """Sizes of a summary, worked out once for all layers."""
+    return Problem(num_q_heads, num_kv_heads, q_len=1, k_len=capacity, head_dim=head_dim, config=config)

@@ -7,10 +7,17 @@ import threading
 from typing import Any
 
 import cupy
+import ml_dtypes
 import numpy as np
 
-_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
-_TYPES = {"float32": "CUDA_R_32F", "float16": "CUDA_R_16F", "bfloat16": "CUDA_R_16BF"}
+_FACTORS = np.array([0, 1], np.float32)
+_ZERO, _ONE = (_FACTORS.ctypes.data + 4 * n for n in range(2))  # addresses
+_CUBLAS, _RUNTIME = cupy.cuda.cublas, cupy.cuda.runtime
+_TYPES = {
+    np.dtype(np.float32): _RUNTIME.CUDA_R_32F,
+    np.dtype(np.float16): _RUNTIME.CUDA_R_16F,
+    np.dtype(ml_dtypes.bfloat16): _RUNTIME.CUDA_R_16BF,
+}
 
 
 def product(x: Any, weight: Any, out: Any, *, add: bool) -> None:
@@ -19,15 +26,14 @@ def product(x: Any, weight: Any, out: Any, *, add: bool) -> None:
     cuBLAS counts columns first: there out^T [out, T] = W [out, in] x^T [in, T], and every matrix here is its own transpose there.
     The compute type is plain float32: TF32 is never used.
     """
-    x = cupy.ascontiguousarray(x)
+    if not x.flags.c_contiguous:
+        x = cupy.ascontiguousarray(x)
     tokens, inner = x.shape
-    rows = len(weight)
-    cublas, kind = cupy.cuda.cublas, _type(weight.dtype)
-    beta = _ONE if add else _ZERO
-    cublas.gemmEx(
-        cupy.cuda.device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, tokens, inner, _ONE.ctypes.data,
-        weight.data.ptr, kind, inner, x.data.ptr, kind, inner, beta.ctypes.data, out.data.ptr, _type(out.dtype), rows,
-        cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+    rows, kind = weight.shape[0], _TYPES[weight.dtype]
+    _CUBLAS.gemmEx(
+        cupy.cuda.device.get_cublas_handle(), _CUBLAS.CUBLAS_OP_T, _CUBLAS.CUBLAS_OP_N, rows, tokens, inner, _ONE,
+        weight.data.ptr, kind, inner, x.data.ptr, kind, inner, _ONE if add else _ZERO, out.data.ptr, _TYPES[out.dtype], rows,
+        _CUBLAS.CUBLAS_COMPUTE_32F, _CUBLAS.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
 
 
@@ -40,7 +46,3 @@ def _first_product(device: int) -> None:
     with contextlib.suppress(Exception), cupy.cuda.Device(device):  # what fails here fails again, and is heard, where it is needed
         x, out = cupy.empty((64, 64), np.float16), cupy.empty((64, 64), np.float16)
         product(x, x, out, add=False)
-
-
-def _type(dtype: Any) -> int:
-    return getattr(cupy.cuda.runtime, _TYPES[dtype.name])
