@@ -37,6 +37,7 @@ lint: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python docs/make_cli_page.py
 	$(BIN)/python docs/make_results_table.py
+	$(BIN)/python docs/make_selection_rules_page.py
 	$(BIN)/python docs/make_scaling_model.py
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python docs/make_walkthrough.py
