@@ -42,6 +42,7 @@ HELD_DTYPES = {
 _STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 ROW_THREADS = 256  # of a thread block that works on rows
 ROTARY_WARPS, HEADS_AT_ONCE = 4, 4  # of rotary.cu
+NO_POOLING = UniSparseConfig()  # what rotary.cu cuts its work by when nothing is pooled
 NULL = np.uint64(0)
 
 
@@ -153,7 +154,7 @@ def rotary_table(inv_freq: Any, start: int, length: int, factor: float, dtype: n
 def write_rotary_table(inv_freq: Any, start: int, position: Any, factor: float, table: Any) -> None:
     """The same into table; positions count from start, plus position [1] int32 on the device where one is given."""
     length, pairs = table.shape[:2]
-    function = _rotary_kernel("rotary_table", 0, 2 * pairs, np.float32, UniSparseConfig(), ROTARY_WARPS, False)
+    function = _rotary_kernel("rotary_table", 0, 2 * pairs, np.float32, NO_POOLING, ROTARY_WARPS, False)
     arguments = (inv_freq, np.int32(start), NULL if position is None else position, np.int32(length), np.float32(factor), table)
     function((ceil_div(length * pairs, ROW_THREADS),), (ROW_THREADS,), arguments)
 
@@ -180,7 +181,7 @@ def rotate_heads(
     kv_heads = len(k_room)
     q_heads = heads - 2 * kv_heads
     q = cupy.empty((q_heads, tokens, dim), qkv.dtype)
-    problem = _pooling_problem(q_heads, kv_heads, tokens, dim, config if isinstance(config, UniSparseConfig) else UniSparseConfig())
+    problem = _pooling_problem(q_heads, kv_heads, tokens, dim, config if isinstance(config, UniSparseConfig) else NO_POOLING)
     pools = isinstance(config, UniSparseConfig) and uses_tensor_cores(problem, qkv.dtype)
     room = summary.room(tokens) if pools and summary is not None else None
     q_composites = cupy.empty((problem.num_composite_heads, problem.num_q_composites, dim), np.float16) if pools else None
@@ -209,7 +210,7 @@ def launch_rotation(
     tokens, _, dim = qkv.shape
     q, k, v = outputs
     kv_heads = len(k)
-    config = UniSparseConfig() if problem is None else problem.config
+    config = NO_POOLING if problem is None else problem.config
     k_members = 1 if problem is None else problem.kv_heads_per_composite
     q_members = 1 if problem is None else config.head_compress
     several = max(q_members, k_members) > 1
