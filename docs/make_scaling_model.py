@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "multi_gpu.md"
-MEASURED = ROOT / "benchmarks" / "results" / "attention_gpu_nvidia_h100_80gb_hbm3.json"
+RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- scaling: written by docs/make_scaling_model.py -->", "<!-- end of scaling -->"
 
 # Stated, not measured here: bus bandwidth that NCCL reaches on 8 H100 of one host, and one 400 Gbit/s adapter a GPU between hosts.
@@ -62,6 +62,7 @@ class OneGpu:
 
     @classmethod
     def from_results(cls, result: dict[str, Any]) -> OneGpu:
+        """result: as benchmarks/attention_gpu.py writes it."""
         rows = [row for row in result["rows"] if row["kernel"] in ("ours", "cuBLAS")]
         (a, b), *_ = pairwise(sorted((row["density"], row["ms"]) for row in rows if row["work"] == "whole call"))
         per_density = (b[1] - a[1]) / (b[0] - a[0])
@@ -186,13 +187,13 @@ def prefill_table(one: OneGpu, density: float | None) -> list[str]:
     return lines
 
 
-def checks(one: OneGpu) -> list[str]:
-    """The model beside whole prefills that were measured on one GPU; nothing where there are none yet."""
+def checks(one: OneGpu, device: str) -> list[str]:
+    """The model beside whole prefills that were measured on a GPU of the same kind; nothing where there are none yet."""
     lines = []
-    for path in sorted(MEASURED.parent.glob("llama_gpu_*h100*.json")):
-        rows = [row for row in json.loads(path.read_text())["rows"] if (row["work"], row["kernel"]) == ("prefill", "ours")]
-        for row in rows:
-            if row["tokens"] == MEASURED_LENGTH and "seconds" in row:
+    for path in sorted(RESULTS.glob("llama_gpu_*.json")):
+        result = json.loads(path.read_text())
+        for row in result["rows"] if result["device"] == device else []:
+            if (row["work"], row["kernel"], row["tokens"]) == ("prefill", "ours", MEASURED_LENGTH) and "seconds" in row:
                 density = row.get("given_density")
                 predicted = SHAPES[0].layers * compute_seconds(one, SHAPES[0], row["tokens"], density, Grid(1, 1))
                 name = "dense" if density is None else f"{density:.0%} density"
@@ -204,11 +205,13 @@ def checks(one: OneGpu) -> list[str]:
 
 
 def tables() -> str:
-    """Everything between the page's markers."""
-    one = OneGpu.from_results(json.loads(MEASURED.read_text()))
+    """Everything between the page's markers, from the last of the GPUs that attention was measured on."""
+    path = max(RESULTS.glob("attention_gpu_*.json"))
+    result = json.loads(path.read_text())
+    one, device = OneGpu.from_results(result), result["stamp"]["device"]
     return "\n".join(
         [
-            f"Measured on one H100 ([{MEASURED.name}](../benchmarks/results/{MEASURED.name})), a layer of 32 heads at 128K tokens: "
+            f"Measured on one {device} ([{path.name}](../benchmarks/results/{path.name})), a layer of 32 heads at 128K tokens: "
             f"attention {1e3 * one.dense:.0f} ms dense, {1e3 * one.fixed:.1f} ms + density x {1e3 * one.per_density:.0f} ms sparse "
             f"(selection and anchors included); products {one.product_flop_a_second / 1e12:.0f} TFLOP/s.",
             "",
@@ -224,7 +227,7 @@ def tables() -> str:
             "The same, dense:",
             "",
             *prefill_table(one, None),
-            *checks(one),
+            *checks(one, device),
         ]
     )
 
