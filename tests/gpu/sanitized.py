@@ -1,11 +1,10 @@
 """What compute-sanitizer is run on: `python -m tests.gpu.sanitized CASE`. CuPy's memory pool is off: every array has its own bounds.
 
 native, portable   whole calls on small problems: blocks of 64, 128, 256, head_dim 64, 128 and 96, anchors, both rules, NaN, dense
-native finite      the same without the NaN, so that no kernel reads an output again (which TMA wrote)
+native finite      the same without the NaN, so that no kernel reads an output again
 record             the smallest program that hands a record over shared memory by mbarriers, as attend_sm90.cu does
-tma_store          the smallest program that writes an array by a TMA store and reads it again, as attend_sm90.cu does with its output
 
-The last two tell what the tools can follow: see docs/kernels.md, "Tools".
+The last tells what the tools can follow: see docs/kernels.md, "Tools".
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from unisparse_np import Problem, UniSparseConfig
 from unisparse_np.gpu import cupy_kernels as engine
-from unisparse_np.gpu.cupy_kernels import attend, device, scores
+from unisparse_np.gpu.cupy_kernels import attend, scores
 
 PROBLEMS = [
     Problem(2, 1, 70, 230, 64, UniSparseConfig(64, 4, 4, 2, top_p=0.3, sink_blocks=0, local_blocks=0), q_offset=130),
@@ -81,18 +80,6 @@ extern "C" __global__ void hand_over(int* out) {
 }
 """
 
-TMA_STORE = r"""
-extern "C" __global__ void store(const __grid_constant__ TensorMap output) {
-  DYNAMIC_SHARED(shared);
-  const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
-  for (int i = threadIdx.x; i < 64 * 64 / 2; i += 32) store_shared(base + 4 * i, 0x3f803f80u);
-  fence_shared_for_tma();
-  __syncwarp();
-  if (threadIdx.x == 0) { tma_store(&output, base, 0, 0); tma_wait_all(); }
-}
-extern "C" __global__ void read(const uint32_t* x, uint32_t* out) { out[threadIdx.x] = x[threadIdx.x]; }
-"""
-
 
 def hand_over(readers: int) -> None:
     """The records arrive, and are read by one lane or by all of a warp."""
@@ -102,25 +89,12 @@ def hand_over(readers: int) -> None:
     assert (cupy.asnumpy(out).reshape(8, 32) == 3 * np.arange(8)[:, None]).all()
 
 
-def tma_store() -> None:
-    """Ones, written by TMA into memory that nobody wrote before, and read by a kernel."""
-    headers = "\n".join((device.SOURCES / name).read_text().replace("#pragma once", "") for name in ("ptx.cuh", "hopper.cuh"))
-    code = headers.replace('#include "ptx.cuh"', "") + TMA_STORE
-    module = cupy.RawModule(code=code, options=("-std=c++17", "-arch=sm_90a", "-DIS_FLOAT16=0"), backend="nvrtc")
-    x, out = cupy.empty((1, 64, 64), ml_dtypes.bfloat16), cupy.zeros(32, np.uint32)
-    encoded = device.tensor_map(x.data.ptr, 1, 64, 64, 64 * 64, 64, False, 64, 64)
-    module.get_function("store")((1,), (32,), (np.frombuffer(encoded, "V128"),), shared_mem=64 * 128 + 1024)
-    module.get_function("read")((1,), (32,), (x, out))
-    assert (cupy.asnumpy(out) == 0x3F803F80).all()
-
-
 CASES = {
     "native": lambda: calls(portable=False),
     "native finite": lambda: calls(portable=False, with_nan=False),
     "portable": lambda: calls(portable=True),
     "record": lambda: hand_over(32),
     "record read by one lane": lambda: hand_over(1),
-    "tma_store": tma_store,
 }
 
 if __name__ == "__main__":

@@ -63,5 +63,5 @@ def test_hopper_kernels_have_no_race_beyond_what_the_tool_reports_of_any_mbarrie
 
 
 def test_hopper_kernels_read_nothing_unwritten(reports):
-    """Without a NaN no kernel reads an output again. initcheck would call those unwritten: it does not see TMA stores (tma_store)."""
+    """Without a NaN no kernel reads an output again."""
     assert problems(reports["initcheck", "native finite"]) == 0, reports["initcheck", "native finite"][-3000:]

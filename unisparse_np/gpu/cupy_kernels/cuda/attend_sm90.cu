@@ -100,15 +100,21 @@ struct Producer {
     const uint32_t masked = __ballot_sync(0xffffffffu, lane < PARTS && (part < 0 || part + PART - 1 > first_row_sees));
     barrier_wait(K_EMPTY(k.stage), k.parity);
     const uint32_t record = tiles + RECORD_BYTES * k.stage;
-    if (masked) {
-      if (lane < PARTS) {
-        store_shared(record + 4 * lane, (uint32_t)part);
-        if (part < 0) {
-          store_shared(record + 16 + 8 * lane, unselected(~part, 0));
-          store_shared(record + 20 + 8 * lane, unselected(~part, 1));
-        }
+    if (masked) {  // the lane that announces the tile writes all of its record
+      uint32_t words[2] = {0, 0};
+      if (lane < PARTS && part < 0) {
+        words[0] = unselected(~part, 0);
+        words[1] = unselected(~part, 1);
       }
-      __syncwarp();
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) {
+        const uint32_t of_part = __shfl_sync(0xffffffffu, (uint32_t)part, p);
+        const uint32_t word0 = __shfl_sync(0xffffffffu, words[0], p), word1 = __shfl_sync(0xffffffffu, words[1], p);
+        if (lane > 0) continue;
+        store_shared(record + 4 * p, of_part);
+        store_shared(record + 16 + 8 * p, word0);
+        store_shared(record + 20 + 8 * p, word1);
+      }
     }
     if (lane == 0) store_shared(record + 12, masked);
     copy(base + K_AT + k.stage * KV_BYTES, K_FULL(k.stage), blocks, anchors, part);
