@@ -37,7 +37,8 @@ def name_of_dtype(dtype: Any) -> str:
 
 def check_array(name: str, x: Any) -> None:
     """Raises InvalidInput unless x is an array of a supported dtype that can be read over DLPack or CUDA's array interface."""
-    if not _is_array(type(x)) and not hasattr(x, "__cuda_array_interface__"):
+    kind: Any = type(x)
+    if not _is_array(kind) and not hasattr(x, "__cuda_array_interface__"):
         raise InvalidInput(f"{name} is a {type(x).__name__}, not an array: give a NumPy or CuPy array, or any other with DLPack")
     if dtype_name(x) not in SUPPORTED_DTYPES:
         raise InvalidInput(f"{name} has dtype {dtype_name(x)}: give one of {', '.join(SUPPORTED_DTYPES)}")
