@@ -187,16 +187,20 @@ def anchors(length: int, density: float, rows: list) -> None:
 
 
 def host_time(rows: list) -> None:
-    """Host time of a small call: how long until the call returns, the GPU left behind."""
+    """Host time of a small call: how long until the call returns, the GPU left behind; alone, and as one of twenty in a row."""
     q, k, v = map(as_cupy, inputs(1024))
     problem = Problem(NUM_Q_HEADS, NUM_KV_HEADS, 1024, 1024, HEAD_DIM)
-    times = []
-    for _ in range(50):
-        cupy.cuda.Device().synchronize()
-        start = time.perf_counter()
-        engine.run_sparse(q, k, v, problem)
-        times.append((time.perf_counter() - start) * 1e3)
-    report(rows, work="host time of one call", length=1024, kernel="ours", ms=statistics.median(times))
+    runs = {"ours": lambda: engine.run_sparse(q, k, v, problem), "ours, dense": lambda: engine.run_dense(q, k, v, problem)}
+    for kernel, run in runs.items():
+        for work, calls in (("host time of one call", 1), ("host time of one of 20 calls", 20)):
+            times = []
+            for _ in range(30):
+                cupy.cuda.Device().synchronize()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                times.append((time.perf_counter() - start) * 1e3 / calls)
+            report(rows, work=work, length=1024, kernel=kernel, ms=statistics.median(times))
 
 
 def matmul_ceiling(rows: list) -> None:
