@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..attention import AttentionConfig
@@ -43,7 +45,7 @@ class MemoryPlan:
         """Keys, values and key summaries of `capacity` tokens."""
         config = self.config
         keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * capacity * config.head_dim * self.itemsize
-        return keys_and_values + sum(self._summary_bytes(capacity, attention) for attention in self.attentions)
+        return keys_and_values + sum(layers * self._summary_bytes(capacity, attention) for attention, layers in self._kinds.items())
 
     def chunk_bytes(self, tokens: int, length: int, *, all_logits: bool = False) -> int:
         """The most that is held at once beside weights and cache while the last `tokens` of `length` tokens are read.
@@ -55,7 +57,7 @@ class MemoryPlan:
         normed = tokens * config.hidden_size * item
         q = tokens * heads * config.head_dim * item
         qkv = tokens * (heads + 2 * config.num_key_value_heads) * config.head_dim * item
-        attention = max(self._attention_bytes(tokens, length, attention) for attention in set(self.attentions))
+        attention = max(self._attention_bytes(tokens, length, attention) for attention in self._kinds)
         exchange = 0
         if self.context_ranks > 1:  # own keys and values, those that are sent, and those of all ranks
             exchange = (2 + self.context_ranks) * 2 * tokens * config.num_key_value_heads * config.head_dim * item
@@ -102,6 +104,11 @@ class MemoryPlan:
     @property
     def unit(self) -> int:
         return whole_blocks(self.attentions)
+
+    @cached_property
+    def _kinds(self) -> Counter[AttentionConfig]:
+        """Each attention and how many layers have it."""
+        return Counter(self.attentions)
 
     def _least(self, capacity: int) -> int:
         least = min(capacity, ceil_div(LEAST_CHUNK, self.unit) * self.unit)
