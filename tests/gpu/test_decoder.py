@@ -18,7 +18,7 @@ from unisparse_np.model.weights import load_weights
 pytestmark = pytest.mark.gpu
 
 SPARSE = UniSparseConfig(block_size=64, top_p=0.5)
-PROMPT, STEPS = 700, 70  # steps pass over the end of a block
+PROMPT, STEPS = 740, 40  # steps pass over the end of a block
 CASES = {
     "qwen3": ("qwen3_bias_head_dim_transformers5", {"head_dim": 64}),
     "qwen2": ("qwen2_transformers5", {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}),
@@ -69,7 +69,7 @@ def test_recorded_steps_are_those_taken_layer_by_layer(folder, dtype, turns):
 SETTINGS = list(itertools.product((0.0, 0.05, 1.3), (0, 1, 40, 200000), (0.3, 1.0), (0.0, 0.2), (1.0, 1.4)))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS[::2] + SETTINGS[1::6], ids=str)
 def test_draws_are_those_of_the_sampler(cupy, settings):
     vocab = 128256
     rng = np.random.default_rng(zlib.crc32(repr(settings).encode()))
