@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from unisparse_np.parallel import Ranks, Single
 
 SECONDS_TO_MEET = 60  # then a rank that does not come has failed
@@ -32,6 +34,11 @@ class Meeting:
             self.turn.acquire()
 
 
+def on_host(x: Any) -> np.ndarray:
+    """A NumPy or CuPy array as NumPy."""
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
 class InThreads:
     """A Communicator among threads over arrays of one library."""
 
@@ -39,14 +46,12 @@ class InThreads:
         self.rank, self.size, self._xp, self._meeting = rank, meeting.size, xp, meeting
 
     def all_reduce(self, x: Any) -> Any:
-        first, *others = self._meeting.exchange(self.rank, x.copy())
-        total = first.copy()
-        for other in others:
-            total += other
-        return total
+        parts = [on_host(part) for part in self._meeting.exchange(self.rank, x.copy())]
+        total = sum(part.astype(np.float32 if part.dtype.itemsize == 2 else part.dtype) for part in parts)
+        return self._xp.asarray(total.astype(parts[0].dtype))
 
     def all_gather(self, x: Any) -> Any:
-        return self._xp.stack(self._meeting.exchange(self.rank, x.copy()))
+        return self._xp.asarray(np.stack([on_host(part) for part in self._meeting.exchange(self.rank, x.copy())]))
 
     def broadcast(self, value: Any) -> Any:
         return self._meeting.exchange(self.rank, value)[0]

@@ -66,6 +66,15 @@ class ContextSplit:
             start = stop
         return places
 
+    def joined(self, xp: Any, parts: list[Any]) -> Any:
+        """One [t, n] a run -> this rank's rows [own rows, n]."""
+        if len(parts) == 1:
+            return parts[0]
+        out = xp.empty((sum(map(len, parts)), parts[0].shape[1]), dtype=parts[0].dtype)
+        for (rows, _), part in zip(self.rows(), parts, strict=True):
+            out[rows] = part
+        return out
+
     def gather(self, xp: Any, *pairs: tuple[Any, Any]) -> None:
         """Bring all ranks' rows together, in one exchange: for each pair, mine [H, own rows, d] -> out [H, tokens, d], written."""
         heads, _, width = pairs[0][0].shape

@@ -108,7 +108,7 @@ class ForwardPass:
             if observer is not None:
                 observer(index, q, keys, values, out, trace)
             results.append(self._layers.merge_heads(out))  # [t, Hq d]
-        return results[0] if len(results) == 1 else self._layers.xp.concatenate(results)
+        return split.joined(self._layers.xp, results)
 
     def _queries(
         self, weights: LayerWeights, x: Any, rotations: list[Any], split: ContextSplit, rooms: tuple[Any, Any], config: AttentionConfig,
