@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.llama_checkpoints import CASES, load_case, write_checkpoint
-from unisparse_np import CheckpointError, InvalidInput, UniSparseConfig
+from unisparse_np import BackendUnavailable, CheckpointError, InvalidInput, UniSparseConfig
 from unisparse_np.attention import load_backend
 from unisparse_np.model.config import ModelConfig
 from unisparse_np.model.llama import Llama
@@ -246,11 +246,15 @@ def test_a_backend_s_decoder_takes_the_steps_and_lives_in_the_cache(make_model):
     assert cache.decoders == {}
 
 
-def test_memory_that_runs_out_is_one_sentence(make_model, monkeypatch):
+@pytest.mark.parametrize("in_its_own_words", [False, True])
+def test_memory_that_runs_out_is_one_sentence(make_model, monkeypatch, in_its_own_words):
     model = make_model("llama_transformers5")
 
     def no_memory(*_):
-        raise MemoryError("Unable to allocate 3 GiB")
+        error = MemoryError("Unable to allocate 3 GiB")
+        if in_its_own_words:
+            raise BackendUnavailable("no room for 3 queries") from error
+        raise error
 
     monkeypatch.setattr(model.backend.layers, "swiglu", no_memory)
     with pytest.raises(InvalidInput, match=r"memory ran out while 3 tokens were read at once \(Unable to allocate 3 GiB\): give a smaller"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
-from ..errors import InvalidInput
+from ..errors import BackendUnavailable, InvalidInput
 from ..parallel import ONE_PROCESS, Ranks
 from ..problem import ceil_div
 from .config import ModelConfig
@@ -289,11 +289,15 @@ class Llama:
         """Running out of memory inside ends with one sentence, and with what the call held given back to the device."""
         try:
             yield
-        except MemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # their variables hold the arrays
+        except (MemoryError, BackendUnavailable) as error:
+            cause = error if isinstance(error, MemoryError) else error.__cause__  # a backend may have put it into its own words
+            if not isinstance(cause, MemoryError):
+                raise
+            for one in (error, cause):
+                traceback.clear_frames(one.__traceback__)  # their variables hold the arrays
             if self._layers.memory is not None:
                 self._layers.memory.release()
             raise InvalidInput(
-                f"memory ran out while {tokens} tokens were read at once ({' '.join(str(error).split())}): give a smaller --chunk-size "
+                f"memory ran out while {tokens} tokens were read at once ({' '.join(str(cause).split())}): give a smaller --chunk-size "
                 "or a shorter text, or end what else uses the memory"
             ) from None
