@@ -23,107 +23,8 @@
 //   K   STAGES x BN x HEAD_DIM       key tiles, and V the same: separate rings
 //   then of each team: barriers; an item's record a consumer {head, first row, number of key tiles, -}; a tile's record a K stage
 //   {PARTS parts, mask bits, words of unselected blocks}; the items under way
-#include "hopper.cuh"
-#include "mask.cuh"
+#include "attend_sm90_producer.cuh"
 
-#define CONSUMERS (BLOCK_SIZE == 64 ? 1 : 2)
-#define TEAMS (BLOCK_SIZE > 64 ? 1 : HEAD_DIM == 64 ? 3 : 2)
-#define BM (64 * CONSUMERS)
-#define BN (CONSUMERS == 2 ? 192 : HEAD_DIM == 64 ? 128 : 64)
-#define PART 64  // keys of one block in a tile
-#define PARTS (BN / PART)
-#define PARTS_PER_BLOCK (BLOCK_SIZE / PART)
-#define STAGES 2
-#define THREADS (128 * (CONSUMERS * TEAMS + 1))
-#define PRODUCER_REGISTERS (TEAMS == 3 ? 32 : BN * HEAD_DIM == 192 * 128 ? 24 : 40)
-#define CONSUMER_REGISTERS (TEAMS == 3 ? 160 : BN * HEAD_DIM == 192 * 128 ? 240 : 232)
-#define CONSUMER_WARPS (4 * CONSUMERS)
-#define NO_KEYS 0x7fff0000  // a part of a tile that holds nothing
-#define PANELS (HEAD_DIM / 64)
-#define RECORD_BYTES 48
-
-#define Q_BYTES (64 * HEAD_DIM * 2)
-#define KV_BYTES (BN * HEAD_DIM * 2)
-#define Q_AT 0
-#define K_AT (Q_AT + CONSUMERS * Q_BYTES)
-#define V_AT (K_AT + STAGES * KV_BYTES)
-#define TEAM_BYTES (V_AT + STAGES * KV_BYTES)
-#define BARRIERS_AT (TEAMS * TEAM_BYTES)
-#define BARRIER_BYTES 128
-#define ITEMS_AT (BARRIERS_AT + TEAMS * BARRIER_BYTES)
-#define TILES_AT (ITEMS_AT + TEAMS * 16 * CONSUMERS)
-#define SHARED_BYTES (TILES_AT + TEAMS * RECORD_BYTES * (STAGES + 1) + 1024)
-
-#define Q_FULL(i) (barriers + 8 * (i))  // of consumer i
-#define Q_EMPTY(i) (barriers + 8 * (CONSUMERS + (i)))
-#define K_FULL(i) (barriers + 8 * (2 * CONSUMERS + (i)))
-#define K_EMPTY(i) (barriers + 8 * (2 * CONSUMERS + STAGES + (i)))
-#define V_FULL(i) (barriers + 8 * (2 * CONSUMERS + 2 * STAGES + (i)))
-#define V_EMPTY(i) (barriers + 8 * (2 * CONSUMERS + 2 * STAGES + STAGES + (i)))
-
-// A position in a ring of buffers, with the parity to wait for.
-struct Ring {
-  int stage;
-  uint32_t parity;
-  DEVICE void advance() {
-    if (++stage == STAGES) { stage = 0; parity ^= 1; }
-  }
-};
-
-// ------------------------------------------------------------------------------------------------ producer
-// A tile's record: a word a part {first key of the part, or ~(first row of the compact anchors), or NO_KEYS}; in the fourth word a bit
-// for each part that needs a mask; then, for a part of anchors, two words of unselected blocks.
-// Lane p of the producer's warp looks after part p.
-struct Producer {
-  uint32_t base, barriers, tiles;
-  int lane, kv_head, first_row_sees;
-  int part, previous, filled, sent;  // this lane's part of the tile being filled, and of the tile whose values come next
-  Ring k, v;
-
-  DEVICE void copy(uint32_t to, uint32_t barrier, const TensorMap* blocks, const TensorMap* anchors, int part) {
-    const int first = __shfl_sync(0xffffffffu, part, 0);
-    if (lane == 0) barrier_arrive_expecting(barrier, KV_BYTES);
-    if (part == NO_KEYS) part = first;  // something, to be hidden
-    if (lane < PARTS) {
-#pragma unroll
-      for (int panel = 0; panel < PANELS; ++panel)
-        tma_load_panel(to + panel * (BN * 128) + lane * (PART * 128), part < 0 ? anchors : blocks, barrier, panel, part < 0 ? ~part : part, kv_head, L2_EVICT_LAST);
-    }
-  }
-  DEVICE void load_values(const TensorMap* blocks, const TensorMap* anchors) {
-    barrier_wait(V_EMPTY(v.stage), v.parity);
-    copy(base + V_AT + v.stage * KV_BYTES, V_FULL(v.stage), blocks, anchors, previous);
-    v.advance();
-  }
-  template <class Unselected> DEVICE void load_keys(const TensorMap* blocks, const TensorMap* anchors, Unselected unselected) {
-    if (lane >= filled) part = NO_KEYS;
-    const uint32_t masked = __ballot_sync(0xffffffffu, lane < PARTS && (part < 0 || part + PART - 1 > first_row_sees));
-    barrier_wait(K_EMPTY(k.stage), k.parity);
-    const uint32_t record = tiles + RECORD_BYTES * k.stage;
-    if (masked) {  // the lane that announces the tile writes all of its record
-      uint32_t words[2] = {0, 0};
-      if (lane < PARTS && part < 0) {
-        words[0] = unselected(~part, 0);
-        words[1] = unselected(~part, 1);
-      }
-#pragma unroll
-      for (int p = 0; p < PARTS; ++p) {
-        const uint32_t of_part = __shfl_sync(0xffffffffu, (uint32_t)part, p);
-        const uint32_t word0 = __shfl_sync(0xffffffffu, words[0], p), word1 = __shfl_sync(0xffffffffu, words[1], p);
-        if (lane > 0) continue;
-        store_shared(record + 4 * p, of_part);
-        store_shared(record + 16 + 8 * p, word0);
-        store_shared(record + 20 + 8 * p, word1);
-      }
-    }
-    if (lane == 0) store_shared(record + 12, masked);
-    copy(base + K_AT + k.stage * KV_BYTES, K_FULL(k.stage), blocks, anchors, part);
-    k.advance();
-    filled = 0;
-  }
-};
-
-// ------------------------------------------------------------------------------------------------ consumer
 // A warp is done with a buffer: its reads come before the one arrival that stands for all its lanes.
 DEVICE void release(uint32_t barrier, int lane) {
   __syncwarp();
@@ -143,6 +44,7 @@ DEVICE void multiply_pv(float (&o)[HEAD_DIM / 2], uint32_t (&p)[BN / 4], uint64_
   for (int step = 0; step < BN / 16; ++step)
     wgmma_registers(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3], v + step * (16 * 128 / 16));
 }
+
 DEVICE void to_16_bit(uint32_t (&p)[BN / 4], const float (&s)[BN / 2]) {
 #pragma unroll
   for (int i = 0; i < BN / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
@@ -161,6 +63,7 @@ DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
     }
   }
 }
+
 // Hides what the rows of this thread may not see in a tile; `masked` has a bit for each part that needs it.
 DEVICE void hide(float (&s)[BN / 2], uint32_t masked, uint32_t record, int4 item, int row, int column, const Shape& shape, const int* anchors) {
   const int last0 = last_visible_key(shape, item.y + row);
@@ -219,23 +122,161 @@ struct Rows {  // the running softmax of a thread's two rows, r and r + 8
   }
 };
 
+// Takes items until none is left: of each, attention of 64 query rows.
+DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const int* anchors, uint32_t* out, float* lse, int* broken) {
+  const uint32_t base = where.base, barriers = where.barriers, items = where.items, tiles = where.tiles;
+  const int consumer = CONSUMERS == 2 ? warpgroup - 1 : 0;
+  const int wg_thread = threadIdx.x & 127, lane = threadIdx.x & 31;
+  const int row = (wg_thread >> 5) * 16 + (lane >> 2);  // this thread's rows of the warpgroup's 64: row and row + 8
+  const float c = shape.scale_log2;
+  if (CONSUMERS == 2 && consumer == 0) named_arrive(1, 256);  // the first turn
+  uint32_t q_parity = 0;
+  const uint32_t item_record = items + 16 * consumer;
+  Ring k = {0, 0}, v = {0, 0};
+  while (true) {
+    barrier_wait(Q_FULL(consumer), q_parity);
+    q_parity ^= 1;
+    const int num_tiles = load_shared(item_record + 8);
+    if (num_tiles < 0) break;
+    float o[HEAD_DIM / 2];
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
+    Rows rows = {-INFINITY_F, -INFINITY_F, 0.f, 0.f, 1.f, 1.f};
+
+    int4 item;
+    if (num_tiles == 0) {
+      item = load_shared4(item_record);
+      release(Q_EMPTY(consumer), lane);
+    } else {
+      const uint64_t q_tile = tile_descriptor(base + Q_AT + consumer * Q_BYTES, 16);
+      uint32_t p[BN / 4];
+      {
+        float s[BN / 2];
+        barrier_wait(K_FULL(k.stage), k.parity);
+        const uint32_t record = tiles + RECORD_BYTES * k.stage;
+        const uint32_t masked = load_shared(record + 12);
+        pin(s);
+        wgmma_fence();
+        multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(s);
+        if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
+        release(K_EMPTY(k.stage), lane);
+        k.advance();
+        rows.absorb(s, c);
+        to_16_bit(p, s);
+        if (num_tiles > 1) barrier_wait(K_FULL(k.stage), k.parity);
+      }
+#pragma unroll 1
+      for (int j = 1; j < num_tiles; ++j) {
+        float s[BN / 2];
+        const uint32_t record = tiles + RECORD_BYTES * k.stage;
+        const uint32_t masked = load_shared(record + 12);
+        if (CONSUMERS == 2) named_sync(1 + consumer, 256);
+        pin(s);
+        wgmma_fence();
+        multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
+        wgmma_commit();
+        barrier_wait(V_FULL(v.stage), v.parity);
+        pin(o);
+        pin(p);
+        wgmma_fence();
+        multiply_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
+        wgmma_commit();
+        if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
+        wgmma_wait<1>();
+        pin(s);
+        if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
+        release(K_EMPTY(k.stage), lane);
+        k.advance();
+        rows.absorb(s, c);
+        pin(s);
+        // The next keys are waited for here: the branch keeps the compiler from moving the wait for the PV product above
+        // the exponentials, team would end their overlap.
+        if (j + 1 < num_tiles) barrier_wait(K_FULL(k.stage), k.parity);
+        wgmma_wait<0>();
+        pin(o);
+        pin(p);
+        release(V_EMPTY(v.stage), lane);
+        v.advance();
+        to_16_bit(p, s);
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i) {
+          o[4 * i] *= rows.scale0;
+          o[4 * i + 1] *= rows.scale0;
+          o[4 * i + 2] *= rows.scale1;
+          o[4 * i + 3] *= rows.scale1;
+        }
+      }
+      item = load_shared4(item_record);
+      release(Q_EMPTY(consumer), lane);  // Q and the item's record are free
+      barrier_wait(V_FULL(v.stage), v.parity);
+      pin(o);
+      pin(p);
+      wgmma_fence();
+      multiply_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
+      wgmma_commit();
+      rows.sum0 = quad_sum(rows.sum0);
+      rows.sum1 = quad_sum(rows.sum1);
+      wgmma_wait<0>();
+      pin(o);
+      pin(p);
+      release(V_EMPTY(v.stage), lane);
+      v.advance();
+    }
+
+    const int head = item.x, first_row = item.y;
+    const float scale0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0;
+    const float scale1 = rows.sum1 == 0.f ? 0.f : 1.f / rows.sum1;
+    float not_finite = 0.f;  // stays 0 unless some output is NaN or infinite
+    // The four lanes of a row exchange what they hold, so that each stores 16 bytes at a time.
+    int4* const to = (int4*)out + ((int64_t)head * shape.q_len + first_row + row) * (HEAD_DIM / 8) + (lane & 3);
+    const int rows_left = shape.q_len - first_row - row;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; i += 4) {
+      uint32_t upper[4], lower[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float a = o[4 * (i + j)] * scale0, b = o[4 * (i + j) + 1] * scale0, d = o[4 * (i + j) + 2] * scale1, e = o[4 * (i + j) + 3] * scale1;
+        not_finite += a * 0.f + b * 0.f + d * 0.f + e * 0.f;
+        upper[j] = pack(a, b);
+        lower[j] = pack(d, e);
+      }
+      transpose_quad(upper, lane);
+      transpose_quad(lower, lane);
+      if (rows_left > 0) to[i] = make_int4(upper[0], upper[1], upper[2], upper[3]);
+      if (rows_left > 8) to[i + 8 * (HEAD_DIM / 8)] = make_int4(lower[0], lower[1], lower[2], lower[3]);
+    }
+    if (__any_sync(0xffffffffu, not_finite != 0.f) && lane == 0) {
+      const int slot = atomicAdd(broken, 1);
+      broken[2 + 2 * slot] = head;
+      broken[3 + 2 * slot] = first_row + (wg_thread >> 5) * 16;
+    }
+    if ((lane & 3) == 0) {
+      const int at = first_row + row;
+      if (at < shape.q_len) lse[(int64_t)head * shape.q_len + at] = (rows.max0 * c + log2_fast(rows.sum0)) * 0.6931471805599453f;
+      if (at + 8 < shape.q_len) lse[(int64_t)head * shape.q_len + at + 8] = (rows.max1 * c + log2_fast(rows.sum1)) * 0.6931471805599453f;
+    }
+  }
+}
+
 // Grid: any number of thread blocks up to the multiprocessors' room; items are dealt by an atomic counter.
 // work [num_items] {query head, tile of BM rows}; lse [Hq, Lq]; broken: {count, -}, then {head, first of 16 rows} for
 // each output that is not finite: repair.cu looks at those. words null: dense attention.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
-    const __grid_constant__ TensorMap anchor_keys, const __grid_constant__ TensorMap anchor_values, uint32_t* __restrict__ out, const Shape shape, const int2* __restrict__ work, int num_items, const uint32_t* __restrict__ words, const int* __restrict__ anchors,
+    const __grid_constant__ TensorMap anchor_keys, const __grid_constant__ TensorMap anchor_values, uint32_t* __restrict__ out,
+    const Shape shape, const int2* __restrict__ work, int num_items, const uint32_t* __restrict__ words, const int* __restrict__ anchors,
     float* __restrict__ lse, int* __restrict__ counter, int* __restrict__ broken)
 {
   DYNAMIC_SHARED(shared);
-  const int thread = threadIdx.x, lane = thread & 31;
-  const int warp = __shfl_sync(0xffffffffu, thread >> 5, 0);  // tells the compiler that it is uniform in a warp
-  const int warpgroup = warp >> 2;
-  const int team = TEAMS == 1 ? 0 : warpgroup == 0 ? warp : warpgroup - 1;
-  const uint32_t start = (shared_address(shared) + 1023u) & ~1023u, base = start + team * TEAM_BYTES;
-  const uint32_t barriers = start + BARRIERS_AT + team * BARRIER_BYTES;
-  const uint32_t items = start + ITEMS_AT + team * (16 * CONSUMERS), tiles = start + TILES_AT + team * (RECORD_BYTES * (STAGES + 1));
-
+  const int lane = threadIdx.x & 31;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // tells the compiler that it is uniform in a warp
+  const int warpgroup = warp >> 2, team = TEAMS == 1 ? 0 : warpgroup == 0 ? warp : warpgroup - 1;
+  const uint32_t start = (shared_address(shared) + 1023u) & ~1023u, barriers = start + BARRIERS_AT + team * BARRIER_BYTES;
+  const Team where = {start + team * TEAM_BYTES, barriers, start + ITEMS_AT + team * (16 * CONSUMERS),
+                      start + TILES_AT + team * (RECORD_BYTES * (STAGES + 1))};
   if (warpgroup == 0 && warp < TEAMS && lane == 0) {
     for (int i = 0; i < CONSUMERS; ++i) { barrier_init(Q_FULL(i), 1); barrier_init(Q_EMPTY(i), 4); }
     for (int i = 0; i < STAGES; ++i) {
@@ -246,271 +287,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     tma_prefetch(&queries); tma_prefetch(&keys); tma_prefetch(&values);
   }
   __syncthreads();
-  const int group = shape.num_q_heads / shape.num_kv_heads;
-
   if (warpgroup == 0) {
     registers_release<PRODUCER_REGISTERS>();
-    if (warp < TEAMS) {
-      Producer p = {base, barriers, tiles, lane, 0, 0, NO_KEYS, NO_KEYS, 0, 0, {0, 1}, {0, 1}};
-      uint32_t q_parity = 1;
-      const int chunks = ceil_div(shape.words_per_row, 32);
-      // Three items are under way: this one, the next (its mask is being read) and the one after (its number is being drawn).
-      const uint32_t under_way = tiles + RECORD_BYTES * STAGES;  // {head, tile} of this item and of the next; registers are short
-      const auto word_of = [&](uint32_t at, int chunk) {
-        const int head = load_shared(at), q_block = load_shared(at + 4) * BM / BLOCK_SIZE;
-        return selected_word(words, shape, head, q_block, 32 * chunk + lane, visible_blocks(shape, q_block));
-      };
-      const auto put = [&](uint32_t at, int number) {
-        const int2 x = number < num_items ? work[number] : make_int2(0, 0);
-        if (lane == 0) {
-          store_shared(at, (uint32_t)x.x);
-          store_shared(at + 4, (uint32_t)x.y);
-        }
-        __syncwarp();
-      };
-      int item = team * gridDim.x + blockIdx.x;
-      put(under_way, item);
-      uint32_t first_word = word_of(under_way, 0), next_word = 0;
-      int drawn = lane == 0 ? atomicAdd(counter, 1) : 0;
-      int following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
-      put(under_way + 8, following);
-      while (item < num_items) {
-        const int tile_row = load_shared(under_way + 4) * BM;
-        // parts that no row of this item sees are left out (of the last block of 128 or 256)
-        const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, tile_row + BM)) : shape.k_len;
-        const auto mask_word = [&](int chunk, int rank) {  // blocks whose keys are wanted, or (rank >= 0) whose anchors are
-          const uint32_t selected = chunk == 0 ? first_word : word_of(under_way, chunk);
-          if (rank < 0) return selected;
-          return bits_below(32 * chunk + lane, visible_blocks(shape, load_shared(under_way + 4) * BM / BLOCK_SIZE)) & ~selected;
-        };
-        int num_parts = 0;
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-          const uint32_t selected = mask_word(chunk, -1);
-          int n = __popc(selected) * PARTS_PER_BLOCK;
-          if (PARTS_PER_BLOCK > 1) {
-            for (int b = stop / BLOCK_SIZE; b < stop / BLOCK_SIZE + 2; ++b)
-              if (b / 32 == 32 * chunk + lane && (selected >> (b & 31) & 1)) n -= PARTS_PER_BLOCK - ceil_div(max(stop - b * BLOCK_SIZE, 0), PART);
-          }
-          num_parts += __reduce_add_sync(0xffffffffu, n);
-          if (shape.key_anchors) {
-            const uint32_t any = __ballot_sync(0xffffffffu, mask_word(chunk, 0) != 0);
-            num_parts += shape.key_anchors * __popc((any | any >> 1) & 0x55555555u);
-          }
-        }
-        p.kv_head = load_shared(under_way) / group;
-        p.first_row_sees = last_visible_key(shape, tile_row);
-        p.sent = 0;
-        const auto load_q = [&] {
-          const int head = load_shared(under_way);
-          for (int i = 0; i < CONSUMERS; ++i) {
-            const int row = load_shared(under_way + 4) * BM + 64 * i;
-            barrier_wait(Q_EMPTY(i), q_parity);
-            if (lane == 0) {
-              store_shared(items + 16 * i, make_int4(head, row, ceil_div(num_parts, PARTS), 0));
-              if (num_parts) {
-                barrier_arrive_expecting(Q_FULL(i), Q_BYTES);
-                tma_load(base + Q_AT + i * Q_BYTES, &queries, Q_FULL(i), row, head, L2_EVICT_FIRST);
-              } else {
-                barrier_arrive(Q_FULL(i));
-              }
-            }
-          }
-          q_parity ^= 1;
-          next_word = word_of(under_way + 8, 0);
-          if (lane == 0) drawn = atomicAdd(counter, 1);
-        };
-        // The keys of a tile, then the values of the one before: the order in which they are used.
-        const auto send = [&] {
-          p.load_keys(&keys, &anchor_keys, [&](int anchor, int i) {
-            const int q_block = load_shared(under_way + 4) * BM / BLOCK_SIZE;
-            return unselected_word(words, shape, load_shared(under_way), q_block, anchor % shape.anchor_pitch / 32 + i, visible_blocks(shape, q_block));
-          });
-          if (p.sent++) p.load_values(&values, &anchor_values);
-          else load_q();
-          p.previous = p.part;
-        };
-#pragma unroll 1
-        for (int rank = -1; rank < shape.key_anchors; ++rank) {
-#pragma unroll 1
-          for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-            const uint32_t mine = mask_word(chunk, rank);
-            uint32_t todo = __ballot_sync(0xffffffffu, mine != 0);
-            if (rank >= 0) todo = (todo | todo >> 1) & 0x55555555u;
-#pragma unroll 1
-            while (todo) {
-              const int w = 31 - __clz(todo);
-              todo &= ~(1u << w);
-              uint32_t bits = rank < 0 ? __shfl_sync(0xffffffffu, mine, w) : 1u;
-#pragma unroll 1
-              while (bits) {
-                const int bit = 31 - __clz(bits);
-                bits &= ~(1u << bit);
-                const int block = 32 * (32 * chunk + w) + bit;
-#pragma unroll 1
-                for (int i = rank < 0 ? PARTS_PER_BLOCK - 1 : 0; i >= 0; --i) {
-                  const int key = block * BLOCK_SIZE + i * PART;
-                  if (rank < 0 && key >= stop) continue;
-                  if (lane == p.filled) p.part = rank < 0 ? key : ~(rank * shape.anchor_pitch + block);
-                  if (++p.filled == PARTS) send();
-                }
-              }
-            }
-          }
-        }
-        if (p.filled) send();
-        if (num_parts == 0) load_q();  // nothing to attend to
-        item = following;
-        first_word = next_word;
-        __syncwarp();  // all have read what is overwritten now
-        if (lane < 2) store_shared(under_way + 4 * lane, (uint32_t)load_shared(under_way + 8 + 4 * lane));
-        __syncwarp();
-        following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
-        if (p.sent) p.load_values(&values, &anchor_values);
-        put(under_way + 8, following);
-      }
-      for (int i = 0; i < CONSUMERS; ++i) {
-        barrier_wait(Q_EMPTY(i), q_parity);
-        if (lane == 0) {
-          store_shared(items + 16 * i, make_int4(0, 0, -1, 0));  // the end
-          barrier_arrive(Q_FULL(i));
-        }
-      }
-    }
+    const Inputs in = {&queries, &keys, &values, &anchor_keys, &anchor_values, work, num_items, words};
+    if (warp < TEAMS) produce(in, shape, where, team, lane, counter);
   } else {
     registers_acquire<CONSUMER_REGISTERS>();
-    const int consumer = CONSUMERS == 2 ? warpgroup - 1 : 0;
-    const int wg_thread = thread & 127;
-    const int row = (wg_thread >> 5) * 16 + (lane >> 2);  // this thread's rows of the warpgroup's 64: row and row + 8
-    const float c = shape.scale_log2;
-    if (CONSUMERS == 2 && consumer == 0) named_arrive(1, 256);  // the first turn
-    uint32_t q_parity = 0;
-    const uint32_t item_record = items + 16 * consumer;
-    Ring k = {0, 0}, v = {0, 0};
-    while (true) {
-      barrier_wait(Q_FULL(consumer), q_parity);
-      q_parity ^= 1;
-      const int num_tiles = load_shared(item_record + 8);
-      if (num_tiles < 0) break;
-      float o[HEAD_DIM / 2];
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
-      Rows rows = {-INFINITY_F, -INFINITY_F, 0.f, 0.f, 1.f, 1.f};
-
-      int4 item;
-      if (num_tiles == 0) {
-        item = load_shared4(item_record);
-        release(Q_EMPTY(consumer), lane);
-      } else {
-        const uint64_t q_tile = tile_descriptor(base + Q_AT + consumer * Q_BYTES, 16);
-        uint32_t p[BN / 4];
-        {
-          float s[BN / 2];
-          barrier_wait(K_FULL(k.stage), k.parity);
-          const uint32_t record = tiles + RECORD_BYTES * k.stage;
-          const uint32_t masked = load_shared(record + 12);
-          pin(s);
-          wgmma_fence();
-          multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
-          wgmma_commit();
-          wgmma_wait<0>();
-          pin(s);
-          if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
-          release(K_EMPTY(k.stage), lane);
-          k.advance();
-          rows.absorb(s, c);
-          to_16_bit(p, s);
-          if (num_tiles > 1) barrier_wait(K_FULL(k.stage), k.parity);
-        }
-#pragma unroll 1
-        for (int j = 1; j < num_tiles; ++j) {
-          float s[BN / 2];
-          const uint32_t record = tiles + RECORD_BYTES * k.stage;
-          const uint32_t masked = load_shared(record + 12);
-          if (CONSUMERS == 2) named_sync(1 + consumer, 256);
-          pin(s);
-          wgmma_fence();
-          multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
-          wgmma_commit();
-          barrier_wait(V_FULL(v.stage), v.parity);
-          pin(o);
-          pin(p);
-          wgmma_fence();
-          multiply_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
-          wgmma_commit();
-          if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
-          wgmma_wait<1>();
-          pin(s);
-          if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
-          release(K_EMPTY(k.stage), lane);
-          k.advance();
-          rows.absorb(s, c);
-          pin(s);
-          // The next keys are waited for here: the branch keeps the compiler from moving the wait for the PV product above
-          // the exponentials, team would end their overlap.
-          if (j + 1 < num_tiles) barrier_wait(K_FULL(k.stage), k.parity);
-          wgmma_wait<0>();
-          pin(o);
-          pin(p);
-          release(V_EMPTY(v.stage), lane);
-          v.advance();
-          to_16_bit(p, s);
-#pragma unroll
-          for (int i = 0; i < HEAD_DIM / 8; ++i) {
-            o[4 * i] *= rows.scale0;
-            o[4 * i + 1] *= rows.scale0;
-            o[4 * i + 2] *= rows.scale1;
-            o[4 * i + 3] *= rows.scale1;
-          }
-        }
-        item = load_shared4(item_record);
-        release(Q_EMPTY(consumer), lane);  // Q and the item's record are free
-        barrier_wait(V_FULL(v.stage), v.parity);
-        pin(o);
-        pin(p);
-        wgmma_fence();
-        multiply_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
-        wgmma_commit();
-        rows.sum0 = quad_sum(rows.sum0);
-        rows.sum1 = quad_sum(rows.sum1);
-        wgmma_wait<0>();
-        pin(o);
-        pin(p);
-        release(V_EMPTY(v.stage), lane);
-        v.advance();
-      }
-
-      const int head = item.x, first_row = item.y;
-      const float scale0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0;
-      const float scale1 = rows.sum1 == 0.f ? 0.f : 1.f / rows.sum1;
-      float not_finite = 0.f;  // stays 0 unless some output is NaN or infinite
-      // The four lanes of a row exchange what they hold, so that each stores 16 bytes at a time.
-      int4* const to = (int4*)out + ((int64_t)head * shape.q_len + first_row + row) * (HEAD_DIM / 8) + (lane & 3);
-      const int rows_left = shape.q_len - first_row - row;
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 8; i += 4) {
-        uint32_t upper[4], lower[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float a = o[4 * (i + j)] * scale0, b = o[4 * (i + j) + 1] * scale0, d = o[4 * (i + j) + 2] * scale1, e = o[4 * (i + j) + 3] * scale1;
-          not_finite += a * 0.f + b * 0.f + d * 0.f + e * 0.f;
-          upper[j] = pack(a, b);
-          lower[j] = pack(d, e);
-        }
-        transpose_quad(upper, lane);
-        transpose_quad(lower, lane);
-        if (rows_left > 0) to[i] = make_int4(upper[0], upper[1], upper[2], upper[3]);
-        if (rows_left > 8) to[i + 8 * (HEAD_DIM / 8)] = make_int4(lower[0], lower[1], lower[2], lower[3]);
-      }
-      if (__any_sync(0xffffffffu, not_finite != 0.f) && lane == 0) {
-        const int slot = atomicAdd(broken, 1);
-        broken[2 + 2 * slot] = head;
-        broken[3 + 2 * slot] = first_row + (wg_thread >> 5) * 16;
-      }
-      if ((lane & 3) == 0) {
-        const int at = first_row + row;
-        if (at < shape.q_len) lse[(int64_t)head * shape.q_len + at] = (rows.max0 * c + log2_fast(rows.sum0)) * 0.6931471805599453f;
-        if (at + 8 < shape.q_len) lse[(int64_t)head * shape.q_len + at + 8] = (rows.max1 * c + log2_fast(rows.sum1)) * 0.6931471805599453f;
-      }
-    }
+    consume(shape, where, warpgroup, anchors, out, lse, broken);
   }
 }

@@ -1,0 +1,185 @@
+// The producer of attend_sm90.cu: one warp a team walks the block masks of its items and has TMA fetch what the consumers need.
+#pragma once
+#include "attend_sm90_layout.cuh"
+
+// A tile's record: a word a part {first key of the part, or ~(first row of the compact anchors), or NO_KEYS}; in the fourth word a bit
+// for each part that needs a mask; then, for a part of anchors, two words of unselected blocks.
+// Lane p of the producer's warp looks after part p.
+struct Producer {
+  uint32_t base, barriers, tiles;
+  int lane, kv_head, first_row_sees;
+  int part, previous, filled, sent;  // this lane's part of the tile being filled, and of the tile whose values come next
+  Ring k, v;
+
+  DEVICE void copy(uint32_t to, uint32_t barrier, const TensorMap* blocks, const TensorMap* anchors, int part) {
+    const int first = __shfl_sync(0xffffffffu, part, 0);
+    if (lane == 0) barrier_arrive_expecting(barrier, KV_BYTES);
+    if (part == NO_KEYS) part = first;  // something, to be hidden
+    if (lane < PARTS) {
+#pragma unroll
+      for (int panel = 0; panel < PANELS; ++panel)
+        tma_load_panel(to + panel * (BN * 128) + lane * (PART * 128), part < 0 ? anchors : blocks, barrier, panel, part < 0 ? ~part : part, kv_head, L2_EVICT_LAST);
+    }
+  }
+  DEVICE void load_values(const TensorMap* blocks, const TensorMap* anchors) {
+    barrier_wait(V_EMPTY(v.stage), v.parity);
+    copy(base + V_AT + v.stage * KV_BYTES, V_FULL(v.stage), blocks, anchors, previous);
+    v.advance();
+  }
+  template <class Unselected> DEVICE void load_keys(const TensorMap* blocks, const TensorMap* anchors, Unselected unselected) {
+    if (lane >= filled) part = NO_KEYS;
+    const uint32_t masked = __ballot_sync(0xffffffffu, lane < PARTS && (part < 0 || part + PART - 1 > first_row_sees));
+    barrier_wait(K_EMPTY(k.stage), k.parity);
+    const uint32_t record = tiles + RECORD_BYTES * k.stage;
+    if (masked) {  // the lane that announces the tile writes all of its record
+      uint32_t words[2] = {0, 0};
+      if (lane < PARTS && part < 0) {
+        words[0] = unselected(~part, 0);
+        words[1] = unselected(~part, 1);
+      }
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) {
+        const uint32_t of_part = __shfl_sync(0xffffffffu, (uint32_t)part, p);
+        const uint32_t word0 = __shfl_sync(0xffffffffu, words[0], p), word1 = __shfl_sync(0xffffffffu, words[1], p);
+        if (lane > 0) continue;
+        store_shared(record + 4 * p, of_part);
+        store_shared(record + 16 + 8 * p, word0);
+        store_shared(record + 20 + 8 * p, word1);
+      }
+    }
+    if (lane == 0) store_shared(record + 12, masked);
+    copy(base + K_AT + k.stage * KV_BYTES, K_FULL(k.stage), blocks, anchors, part);
+    k.advance();
+    filled = 0;
+  }
+};
+
+// Serves items until none is left: of each, Q for every consumer, and its tiles of keys and values.
+DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int team, int lane, int* counter) {
+  const uint32_t base = where.base, barriers = where.barriers, items = where.items, tiles = where.tiles;
+  const int group = shape.num_q_heads / shape.num_kv_heads;
+  Producer p = {base, barriers, tiles, lane, 0, 0, NO_KEYS, NO_KEYS, 0, 0, {0, 1}, {0, 1}};
+  uint32_t q_parity = 1;
+  const int chunks = ceil_div(shape.words_per_row, 32);
+  // Three items are under way: this one, the next (its mask is being read) and the one after (its number is being drawn).
+  const uint32_t under_way = tiles + RECORD_BYTES * STAGES;  // {head, tile} of this item and of the next; registers are short
+  const auto word_of = [&](uint32_t at, int chunk) {
+    const int head = load_shared(at), q_block = load_shared(at + 4) * BM / BLOCK_SIZE;
+    return selected_word(in.words, shape, head, q_block, 32 * chunk + lane, visible_blocks(shape, q_block));
+  };
+  const auto put = [&](uint32_t at, int number) {
+    const int2 x = number < in.num_items ? in.work[number] : make_int2(0, 0);
+    if (lane == 0) {
+      store_shared(at, (uint32_t)x.x);
+      store_shared(at + 4, (uint32_t)x.y);
+    }
+    __syncwarp();
+  };
+  int item = team * gridDim.x + blockIdx.x;
+  put(under_way, item);
+  uint32_t first_word = word_of(under_way, 0), next_word = 0;
+  int drawn = lane == 0 ? atomicAdd(counter, 1) : 0;
+  int following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
+  put(under_way + 8, following);
+  while (item < in.num_items) {
+    const int tile_row = load_shared(under_way + 4) * BM;
+    // parts that no row of this item sees are left out (of the last block of 128 or 256)
+    const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, tile_row + BM)) : shape.k_len;
+    const auto mask_word = [&](int chunk, int rank) {  // blocks whose keys are wanted, or (rank >= 0) whose anchors are
+      const uint32_t selected = chunk == 0 ? first_word : word_of(under_way, chunk);
+      if (rank < 0) return selected;
+      return bits_below(32 * chunk + lane, visible_blocks(shape, load_shared(under_way + 4) * BM / BLOCK_SIZE)) & ~selected;
+    };
+    int num_parts = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const uint32_t selected = mask_word(chunk, -1);
+      int n = __popc(selected) * PARTS_PER_BLOCK;
+      if (PARTS_PER_BLOCK > 1) {
+        for (int b = stop / BLOCK_SIZE; b < stop / BLOCK_SIZE + 2; ++b)
+          if (b / 32 == 32 * chunk + lane && (selected >> (b & 31) & 1)) n -= PARTS_PER_BLOCK - ceil_div(max(stop - b * BLOCK_SIZE, 0), PART);
+      }
+      num_parts += __reduce_add_sync(0xffffffffu, n);
+      if (shape.key_anchors) {
+        const uint32_t any = __ballot_sync(0xffffffffu, mask_word(chunk, 0) != 0);
+        num_parts += shape.key_anchors * __popc((any | any >> 1) & 0x55555555u);
+      }
+    }
+    p.kv_head = load_shared(under_way) / group;
+    p.first_row_sees = last_visible_key(shape, tile_row);
+    p.sent = 0;
+    const auto load_q = [&] {
+      const int head = load_shared(under_way);
+      for (int i = 0; i < CONSUMERS; ++i) {
+        const int row = load_shared(under_way + 4) * BM + 64 * i;
+        barrier_wait(Q_EMPTY(i), q_parity);
+        if (lane == 0) {
+          store_shared(items + 16 * i, make_int4(head, row, ceil_div(num_parts, PARTS), 0));
+          if (num_parts) {
+            barrier_arrive_expecting(Q_FULL(i), Q_BYTES);
+            tma_load(base + Q_AT + i * Q_BYTES, in.queries, Q_FULL(i), row, head, L2_EVICT_FIRST);
+          } else {
+            barrier_arrive(Q_FULL(i));
+          }
+        }
+      }
+      q_parity ^= 1;
+      next_word = word_of(under_way + 8, 0);
+      if (lane == 0) drawn = atomicAdd(counter, 1);
+    };
+    // The keys of a tile, then the values of the one before: the order in which they are used.
+    const auto send = [&] {
+      p.load_keys(in.keys, in.anchor_keys, [&](int anchor, int i) {
+        const int q_block = load_shared(under_way + 4) * BM / BLOCK_SIZE;
+        return unselected_word(in.words, shape, load_shared(under_way), q_block, anchor % shape.anchor_pitch / 32 + i, visible_blocks(shape, q_block));
+      });
+      if (p.sent++) p.load_values(in.values, in.anchor_values);
+      else load_q();
+      p.previous = p.part;
+    };
+#pragma unroll 1
+    for (int rank = -1; rank < shape.key_anchors; ++rank) {
+#pragma unroll 1
+      for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+        const uint32_t mine = mask_word(chunk, rank);
+        uint32_t todo = __ballot_sync(0xffffffffu, mine != 0);
+        if (rank >= 0) todo = (todo | todo >> 1) & 0x55555555u;
+#pragma unroll 1
+        while (todo) {
+          const int w = 31 - __clz(todo);
+          todo &= ~(1u << w);
+          uint32_t bits = rank < 0 ? __shfl_sync(0xffffffffu, mine, w) : 1u;
+#pragma unroll 1
+          while (bits) {
+            const int bit = 31 - __clz(bits);
+            bits &= ~(1u << bit);
+            const int block = 32 * (32 * chunk + w) + bit;
+#pragma unroll 1
+            for (int i = rank < 0 ? PARTS_PER_BLOCK - 1 : 0; i >= 0; --i) {
+              const int key = block * BLOCK_SIZE + i * PART;
+              if (rank < 0 && key >= stop) continue;
+              if (lane == p.filled) p.part = rank < 0 ? key : ~(rank * shape.anchor_pitch + block);
+              if (++p.filled == PARTS) send();
+            }
+          }
+        }
+      }
+    }
+    if (p.filled) send();
+    if (num_parts == 0) load_q();  // nothing to attend to
+    item = following;
+    first_word = next_word;
+    __syncwarp();  // all have read what is overwritten now
+    if (lane < 2) store_shared(under_way + 4 * lane, (uint32_t)load_shared(under_way + 8 + 4 * lane));
+    __syncwarp();
+    following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
+    if (p.sent) p.load_values(in.values, in.anchor_values);
+    put(under_way + 8, following);
+  }
+  for (int i = 0; i < CONSUMERS; ++i) {
+    barrier_wait(Q_EMPTY(i), q_parity);
+    if (lane == 0) {
+      store_shared(items + 16 * i, make_int4(0, 0, -1, 0));  // the end
+      barrier_arrive(Q_FULL(i));
+    }
+  }
+}
