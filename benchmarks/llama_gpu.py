@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,7 @@ def ours_rows(only: set[str], longest: int) -> Iterator[dict[str, Any]]:
         yield read_row()
         shared = [UniSparseConfig(top_p=DECODE_TOP_P, head_compress=heads) for heads in DECODE_HEAD_COMPRESS]
         for tokens in DECODE_CONTEXTS:
-            for attention in ("dense", *shared):
-                yield decode_row(model, tokens, attention)
+            yield from decode_rows(model, tokens, ("dense", *shared))
 
 
 def new_llama(longest: int) -> Any:
@@ -128,7 +127,7 @@ def new_llama(longest: int) -> Any:
     from unisparse_np.attention import load_model_backend
     from unisparse_np.model.config import ModelConfig
 
-    model = random_llama(ModelConfig.from_dict(LLAMA_3_1_8B), load_model_backend("cupy"), max(longest, 131072 + 2 * DECODE_STEPS))
+    model = random_llama(ModelConfig.from_dict(LLAMA_3_1_8B), load_model_backend("cupy"), max(longest, 131072 + 4 * DECODE_STEPS))
     cupy.get_default_memory_pool().free_all_blocks()  # what drawing the numbers took
     return model
 
@@ -232,23 +231,24 @@ def profile_row(model: Any, tokens: int, density: float) -> dict[str, Any]:
     return row | {"ceiling_seconds": {kind: value / rate for kind, value in flop.items()}, "matrix_flop_per_second": rate}
 
 
-def decode_row(model: Any, tokens: int, attention: Any) -> dict[str, Any]:
-    """Milliseconds a token behind a prompt. The prompt itself is read sparsely: only its length matters here."""
+def decode_rows(model: Any, tokens: int, attentions: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Seconds a token behind a prompt, one attention after the other on one cache. The prompt is read sparsely: only its length matters."""
     import cupy
 
     from unisparse_np import UniSparseConfig
 
     sparse = UniSparseConfig()
-    cache = model.new_cache(tokens + 2 * DECODE_STEPS, sparse)
-    with GivenDensity(0.1):
+    cache = model.new_cache(tokens + (DECODE_STEPS + 1) * len(attentions), sparse)
+    with GivenDensity(DENSITIES[-1]):
         model.prefill(prompt_of(tokens).tolist(), cache, sparse)
-    seconds = timed(functools.partial(model.step, 17, cache, attention), DECODE_STEPS)
-    row = {"work": "decode", "tokens": tokens, "kernel": "ours dense", "seconds": seconds}
-    if attention != "dense":
-        row |= {"kernel": f"ours unisparse head_compress {attention.head_compress}", "given_density": attention.top_p}
+    for attention in attentions:
+        seconds = timed(functools.partial(model.step, 17, cache, attention), DECODE_STEPS)
+        row = {"work": "decode", "tokens": tokens, "kernel": "ours dense", "seconds": seconds}
+        if attention != "dense":
+            row |= {"kernel": f"ours unisparse head_compress {attention.head_compress}", "given_density": attention.top_p}
+        yield row
     del cache
     cupy.get_default_memory_pool().free_all_blocks()
-    return row
 
 
 def read_row() -> dict[str, Any]:
