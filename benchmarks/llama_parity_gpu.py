@@ -7,7 +7,7 @@ answers: 20 prompts of 20 to 1,900 tokens (prose and code that come with Python)
     those of a float32 run: it counts as rounding where transformers' two logits lie within two of bfloat16's steps.
 speed: a prompt of 8,128 tokens, warm, from token ids to the first token on the host, and tokens a second after it.
 cold: `unisparse-np generate` in a new process, first with nothing compiled, then with CuPy's cache filled.
-Results go to benchmarks/results/llama_parity_gpu_<device>.json.
+Results go to benchmarks/results/llama_parity_gpu_<device>.json; parts that are not run again stay, each with its own stamp.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from benchmarks.common import SMOLLM2, code, prose, stamp, write_result
+from benchmarks.common import RESULTS, SMOLLM2, code, prose, stamp, write_result
 from unisparse_np import UniSparseConfig, load
 
 LENGTHS = (20, 28, 40, 56, 70, 80, 110, 150, 170, 200, 240, 270, 360, 480, 640, 850, 1100, 1300, 1600, 1900)
@@ -207,11 +207,13 @@ def main() -> None:
     parser.add_argument("--only", default="cold,speed,answers", help="comma-separated: cold, speed, answers")
     only = parser.parse_args().only.split(",")
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    result: dict[str, Any] = {"stamp": stamp("cupy-cuda13x", "torch", "transformers"), "device": device, "model": "SmolLM2-135M-Instruct"}
-    name = f"llama_parity_gpu_{device.lower().replace(' ', '_')}"
+    name, now = f"llama_parity_gpu_{device.lower().replace(' ', '_')}", stamp("cupy-cuda13x", "torch", "transformers")
+    before = RESULTS / f"{name}.json"
+    result: dict[str, Any] = json.loads(before.read_text()) if before.exists() else {}
+    result |= {"stamp": now, "device": device, "model": "SmolLM2-135M-Instruct"}
 
     def keep(part: str, found: dict[str, Any]) -> None:
-        result[part] = found
+        result[part] = {"stamp": now} | found
         print(write_result(name, result), flush=True)
 
     if "cold" in only:
