@@ -130,3 +130,22 @@ def test_a_released_cache_keeps_its_densities_alone(cache):
     cache.release()
     assert cache.densities() == [0.75, 0.25]
     assert cache._keys is None and cache._values is None and cache.decoders == {} and cache._summaries == [{}, {}]
+
+
+def test_a_cache_goes_on_after_a_call_that_was_interrupted_anywhere(cache):
+    """Half a chunk in the summaries of some layers, then as many tokens that no summary sees: the next one starts from the keys."""
+    rng = np.random.default_rng(4)
+    keys, lost = rng.standard_normal((2, 2, 30, 16)), rng.standard_normal((2, 6, 16))
+    fill(cache, keys[:, :, :10], CONFIG)
+    k_room, _ = cache.room(0, 6)
+    k_room[...] = lost
+    cache.running_summary(0, CONFIG).extend(k_room)  # and then the call was interrupted: no advance
+    for start in range(10, 24):
+        cache.begin()
+        fill(cache, keys[:, :, start : start + 1], "dense")
+    cache.begin()
+    fill(cache, keys[:, :, 24:], CONFIG)
+    fresh = load_backend("reference").RunningKeySummary(CONFIG, 4, 2, 16, 30, np.float64)
+    fresh.extend(keys[0])
+    for mine, theirs in zip(cache.running_summary(0, CONFIG).summary(), fresh.summary(), strict=True):
+        np.testing.assert_allclose(mine, theirs)

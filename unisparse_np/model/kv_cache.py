@@ -47,8 +47,15 @@ class KVCache:
         self.rotary_factor = 1.0
         self._config, self._backend, self._dtype = config, backend, dtype
         self._summaries: list[dict[tuple, Any]] = [{} for _ in range(config.num_hidden_layers)]
-        self._kept: list[list[Callable[[], float]]] = [[] for _ in range(config.num_hidden_layers)]  # a count a call
-        self._visible = [0] * config.num_hidden_layers
+        self._kept: list[list[Callable[[], float]]] = [[] for _ in range(config.num_hidden_layers)]  # a count a call not read yet
+        self._counted, self._visible = [0.0] * config.num_hidden_layers, [0] * config.num_hidden_layers
+        self._unfinished = False  # whether a call is writing what does not count yet, or was interrupted then
+
+    def begin(self) -> None:
+        """A call begins. Where the one before was interrupted, summaries may hold keys that do not count: they are made anew."""
+        if self._unfinished:
+            self._summaries = [{} for _ in self._summaries]
+            self._unfinished = False
 
     def require_room(self, tokens: int) -> None:
         """Raises InvalidInput when so many more tokens do not fit."""
@@ -59,6 +66,7 @@ class KVCache:
 
     def room(self, layer: int, tokens: int) -> tuple[Any, Any]:
         """Where the next tokens' keys and values go: two writable views [Hkv, tokens, d]."""
+        self._unfinished = True
         place = slice(self.length, self.length + tokens)
         return self._keys[layer, :, place], self._values[layer, :, place]
 
@@ -80,6 +88,7 @@ class KVCache:
             known[kind] = self._backend.RunningKeySummary(attention, *heads, self._config.head_dim, self.capacity, self._dtype)
         running = known[kind]
         if running.length < self.length:  # steps with another attention came between
+            self._unfinished = True
             running.extend(self._keys[layer, :, running.length : self.length])
         return running
 
@@ -91,6 +100,7 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """All layers have written the next tokens: they now count."""
         self.length += tokens
+        self._unfinished = False
 
     def release(self) -> None:
         """Give the memory of keys, values and what was made over them back. The densities stay."""
@@ -104,8 +114,10 @@ class KVCache:
 
     def counts(self) -> np.ndarray:
         """[layers, 2]: kept and visible blocks of the prefill, of the heads and queries that this process computed."""
-        kept = [sum(count() for count in calls) for calls in self._kept]
-        return np.array([kept, self._visible], dtype=np.float64).T
+        for layer, calls in enumerate(self._kept):
+            self._counted[layer] += sum(count() for count in calls)
+            calls.clear()
+        return np.array([self._counted, self._visible], dtype=np.float64).T
 
 
 def densities(counts: np.ndarray) -> list[float]:

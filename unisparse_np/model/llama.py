@@ -209,6 +209,7 @@ class Llama:
         """Check that the tokens fit, and fix the rotary frequencies by the first prompt's length."""
         self._check_positions(cache.length + tokens)
         cache.require_room(tokens)
+        cache.begin()
         if cache.inv_freq is None:
             inv_freq, cache.rotary_factor = self.config.rope_parameters.inverse_frequencies(self.config.head_dim, tokens)
             cache.inv_freq = self._layers.xp.asarray(inv_freq)  # [d/2]
