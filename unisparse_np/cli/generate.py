@@ -34,7 +34,6 @@ from .ranks import rank_options, refuse_one_device, refuse_uneven
 
 if TYPE_CHECKING:
     from ..model.generate import Piece
-    from ..model.llama import Attention
     from ..model.statistics import Statistics
 
 _text_options = in_section(
