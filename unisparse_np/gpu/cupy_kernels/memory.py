@@ -53,7 +53,7 @@ def holds_not_finite(x: cupy.ndarray) -> cupy.ndarray:
 def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
     """At most what one attention call allocates: its output and, where it is sparse, composites, scores, masks and anchors.
 
-    itemsize: bytes of a number of q, k, v.
+    Composites of the keys are those of a key summary (`summary_bytes`). itemsize: bytes of a number of q, k, v.
     """
     per_query = problem.num_q_heads * (problem.head_dim * itemsize + 4)  # output, log-sum-exp
     work_items = 32 * problem.num_q_heads * ceil_div(problem.q_len, 64)
@@ -64,8 +64,10 @@ def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
     composites = 4 * problem.num_composite_heads * problem.num_q_composites * problem.head_dim
     blocks = problem.num_composite_heads * problem.num_q_blocks * (problem.num_k_blocks + 32)
     scores = blocks * (5 if config.row_threshold is None else 9)  # mean, mask bits, peak
-    sums = min(WORKSPACE_BYTES, problem.num_composite_heads * (problem.num_q_composites + 16) * (problem.num_k_composites + 128) // 4)
-    anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks * config.key_anchors + 256) * problem.head_dim * itemsize
+    sums_per_tile = 4 + 2 * 128 // min(16, max(4, config.block_size // config.k_compress))  # a composite query and 128 composite keys
+    sums_per_head = (problem.num_q_composites + 16) * ceil_div(problem.num_k_composites, 128) * sums_per_tile
+    sums = sums_per_head * min(problem.num_composite_heads, max(1, WORKSPACE_BYTES // sums_per_head))
+    anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks + 128) * config.key_anchors * problem.head_dim * itemsize
     return bytes_needed + composites + scores + sums + anchors
 
 

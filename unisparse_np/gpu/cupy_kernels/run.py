@@ -20,7 +20,7 @@ from ...trace import Trace
 from . import plain_stages
 from .attend import attend
 from .compress import composite_sizes, pooling, to_half
-from .memory import attention_bytes, free_bytes
+from .memory import attention_bytes, free_bytes, summary_bytes
 from .plan import Plan, plan_of
 from .program import Launch, base
 from .room import INT32, Layout, allocate, new, view
@@ -110,7 +110,7 @@ def _select(
         if plan.problem.config.key_anchors:
             anchors = cupy.ascontiguousarray(key_summary.anchors)
     mask = empty_mask(plan)
-    memory = allocate(layout.size)
+    memory = allocate(layout.size if key_summary is None else layout.offsets["kc"])
     if keep_scores or plan.once(adds_to_scores):
         clear_scores(*score_arrays(memory, layout, plan))
     key = (selection, queries[2:], keys[2:], kc[2:], anchors is None, of_float16, keep_scores)
@@ -167,14 +167,15 @@ def _select_plain(
 
 
 def selection_layout(plan: Plan) -> Layout:
-    """Memory of steps 1-4: composites in float16, and scores."""
-    return Layout(**composite_sizes(plan), **score_sizes(plan))
+    """Memory of steps 1-4: composites in float16, and scores. Those of the keys come last: a key summary brings its own."""
+    sizes = composite_sizes(plan)
+    return Layout(qc=sizes["qc"], **score_sizes(plan), kc=sizes["kc"])
 
 
 def no_room_for(problem: Problem, itemsize: int, error: Exception) -> BackendUnavailable:
     """What to say to an allocation that does not fit: the bytes asked for, and a chunk of queries that fits. itemsize: of q, k, v."""
-    free, size, chunk = free_bytes(), problem.config.block_size, problem.q_len
-    while chunk > size and attention_bytes(replace(problem, q_len=chunk), itemsize, sparse=True) > free:
+    free, size, chunk = free_bytes() - summary_bytes(problem, itemsize), problem.config.block_size, problem.q_len
+    while chunk > size and (chunk == problem.q_len or attention_bytes(replace(problem, q_len=chunk), itemsize, sparse=True) > free):
         chunk = max(size, chunk // 2 // size * size)
     return BackendUnavailable(
         f"the GPU has no room for {problem.q_len} queries at once ({error}): pass them in chunks of {chunk} tokens "
