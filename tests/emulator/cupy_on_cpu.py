@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "unisparse_np" / "gpu" / "cupy_kernels" / "cuda"
 BUILT = Path(tempfile.gettempdir()) / "unisparse_emulator"
 NUM_MULTIPROCESSORS = 2
+ATTRIBUTES = {"MultiProcessorCount": NUM_MULTIPROCESSORS, "MaxSharedMemoryPerBlockOptin": 227 << 10}
 
 
 class MemoryPointer:
@@ -314,7 +315,7 @@ def _module(capability: str) -> types.ModuleType:
     module.asnumpy = np.array  # type: ignore[attr-defined]
     module.RawModule = RawModule  # type: ignore[attr-defined]
     module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
-    device = types.SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": NUM_MULTIPROCESSORS})
+    device = types.SimpleNamespace(compute_capability=capability, attributes=ATTRIBUTES)
     runtime = types.SimpleNamespace(
         CUDARuntimeError=RuntimeError, getDevice=lambda: 0, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34,) * 2
     )

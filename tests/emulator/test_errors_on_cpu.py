@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
-from unisparse_np import BackendUnavailable, Problem, unisparse_attention
+from unisparse_np import BackendUnavailable, Problem, UniSparseConfig, unisparse_attention
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
 PROBLEM = Problem(2, 1, 4096, 4096, 64)
+CONFIGS = [
+    UniSparseConfig(), UniSparseConfig.precise(), *(UniSparseConfig(q_compress=c, k_compress=c) for c in (4, 16, 32)),
+    UniSparseConfig(q_compress=8, k_compress=32), UniSparseConfig(block_size=64, q_compress=2, k_compress=4, key_anchors=8),
+]  # fmt: skip
 
 
 def arrays(problem):
@@ -70,3 +74,47 @@ def test_memory_that_does_not_suffice_names_the_bytes_and_a_chunk_that_fits():
                 run(*inputs, PROBLEM)
             chunk = int(str(found.value).split("chunks of ")[1].split()[0])
             assert 128 <= chunk < 4096 and chunk % 128 == 0
+
+
+def test_memory_in_pieces_gets_a_smaller_chunk_even_where_enough_is_free():
+    def alloc(size):
+        raise sys.modules["cupy"].cuda.memory.OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
+
+    with cupy_on_cpu.installed("80") as backend:
+        inputs = arrays(PROBLEM)
+        sys.modules["cupy"].cuda.alloc = alloc
+        with pytest.raises(BackendUnavailable, match="chunks of 2048 tokens"):
+            backend.run_sparse(*inputs, PROBLEM)
+
+
+def test_a_gpu_with_too_little_shared_memory(monkeypatch):
+    monkeypatch.setitem(cupy_on_cpu.ATTRIBUTES, "MaxSharedMemoryPerBlockOptin", 99 << 10)  # compute capability 8.6 and 8.9
+    problem = Problem(1, 1, 64, 64, 256)
+    with (
+        cupy_on_cpu.installed("86") as backend,
+        pytest.raises(BackendUnavailable, match="101376 bytes of shared memory and the kernel score_blocks needs 135168"),
+    ):
+        backend.run_sparse(*arrays(problem), problem)
+
+
+def test_a_compiled_kernel_belongs_to_one_device():
+    with cupy_on_cpu.installed("90"):
+        device = sys.modules["unisparse_np.gpu.cupy_kernels.device"]
+        kernel = device.kernel("finite.cu", "find_not_finite", 0, IS_FLOAT16=1, IS_FLOAT32=0)
+        assert device.kernel("finite.cu", "find_not_finite", 0, IS_FLOAT16=1, IS_FLOAT32=0) is kernel
+        sys.modules["cupy"].cuda.runtime.getDevice = lambda: 1
+        assert device.kernel("finite.cu", "find_not_finite", 0, IS_FLOAT16=1, IS_FLOAT32=0) is not kernel
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("q_len", "k_len"), [(8192, 8192), (8192, 131072), (32768, 1 << 20)])
+def test_the_estimate_of_an_attention_call_is_not_below_what_it_allocates(capability, config, q_len, k_len):
+    problem = Problem(32, 8, q_len, k_len, 128, config)
+    with cupy_on_cpu.installed(capability):
+        attend, memory, plan, run = (sys.modules[f"unisparse_np.gpu.cupy_kernels.{name}"] for name in ("attend", "memory", "plan", "run"))
+        shapes = plan.plan_of(problem)
+        stages = max(run.selection_layout(shapes).offsets["kc"], attend.work_layout(shapes).size)  # one after the other
+        mask = 4 * (np.prod(shapes.words_shape) + np.prod(shapes.words_shape[:2]) + np.prod(shapes.anchors_shape))
+        out = 2 * np.prod(shapes.out_shape) + 4 * np.prod(shapes.out_shape[:2])
+        assert memory.attention_bytes(problem, 2, sparse=True) >= stages + mask + out

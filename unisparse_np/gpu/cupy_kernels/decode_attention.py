@@ -44,7 +44,7 @@ def attend_few(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, pla
     problem = plan.problem
     anchors = None if mask is None or anchors is None else cupy.ascontiguousarray(anchors)
     heads_per_mask, key_anchors = (0, 0) if mask is None else (mask.heads_per_row, 0 if anchors is None else anchors.shape[2])
-    split = split_of(problem, q.dtype == np.float16, heads_per_mask, key_anchors)
+    split = split_of(problem, q.dtype == np.float16, heads_per_mask, key_anchors, cupy.cuda.runtime.getDevice())
     out = cupy.empty((problem.num_q_heads, problem.q_len, problem.head_dim), q.dtype)
     lse = cupy.empty(out.shape[:2], np.float32)
     split.launch(q, k, v, out, lse, NULL, NULL if mask is None else mask.words, NULL if anchors is None else anchors, split.workspace())
@@ -107,8 +107,8 @@ class Split:
 
 
 @lru_cache(maxsize=256)
-def split_of(problem: Problem, is_float16: bool, heads_per_mask: int, key_anchors: int) -> Split:
-    """The split of a problem, worked out once."""
+def split_of(problem: Problem, is_float16: bool, heads_per_mask: int, key_anchors: int, device: int) -> Split:
+    """The split of a problem, worked out once for the current device, which `device` names."""
     return Split(problem, is_float16, heads_per_mask, key_anchors)
 
 
@@ -161,7 +161,7 @@ class DecodeAttention:
         self.problem = problem
         self.selector = DecodeSelector(problem, dtype) if sparse else None
         heads_per_mask, key_anchors = (problem.config.head_compress, problem.config.key_anchors) if sparse else (0, 0)
-        self._split = split_of(problem, dtype == np.float16, heads_per_mask, key_anchors)
+        self._split = split_of(problem, dtype == np.float16, heads_per_mask, key_anchors, cupy.cuda.runtime.getDevice())
         self._workspace = self._split.workspace()
         self._out = cupy.empty((num_q_heads, head_dim), dtype)
         self._lse = cupy.empty((num_q_heads, 1), np.float32)
@@ -198,11 +198,6 @@ class DecodeAttention:
         anchors = NULL if summary is None or not self.problem.config.key_anchors else summary.anchors
         self._split.launch(q[:, None], keys, values, out, self._lse, position, words, anchors, self._workspace, overlap)
         return out
-
-    def selected_blocks(self) -> int:
-        """Blocks that the last launch selected, summed over query heads: waits for the device. Sparse only."""
-        assert self.selector is not None, "dense decode selects no blocks"
-        return int(self.selector.mask.counts.sum()) * self.selector.mask.heads_per_row
 
 
 def can_decode(problem: Problem, dtype: Any, sparse: bool) -> bool:

@@ -43,12 +43,12 @@ def _capability(device: int) -> tuple[int, int]:
 
 def num_multiprocessors() -> int:
     """Streaming multiprocessors of the current device."""
-    return _num_multiprocessors(cupy.cuda.runtime.getDevice())
+    return _attributes(cupy.cuda.runtime.getDevice())["MultiProcessorCount"]
 
 
 @lru_cache
-def _num_multiprocessors(device: int) -> int:
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+def _attributes(device: int) -> dict[str, int]:
+    return cupy.cuda.Device(device).attributes
 
 
 @lru_cache
@@ -57,12 +57,23 @@ def source(name: str) -> str:
     return _expand(SOURCES / name, set())
 
 
-@lru_cache(maxsize=1024)
 def kernel(file: str, name: str, shared_bytes: int, **defines: int) -> Any:
-    """A kernel of a .cu file, compiled for this device (CuPy keeps the result on disk) and given its shared memory.
+    """A kernel of a .cu file, compiled for the current device (CuPy keeps the result on disk) and given its shared memory.
 
     The defines go into the text: CuPy asks the compiler once for every new list of options, 20 ms each, even if all is on disk.
+    Raises BackendUnavailable when the device has less shared memory.
     """
+    return _kernel(file, name, shared_bytes, cupy.cuda.runtime.getDevice(), **defines)
+
+
+@lru_cache(maxsize=1024)
+def _kernel(file: str, name: str, shared_bytes: int, device: int, **defines: int) -> Any:
+    most = _attributes(device)["MaxSharedMemoryPerBlockOptin"]
+    if shared_bytes > most:
+        raise BackendUnavailable(
+            f"this GPU gives a thread block {most} bytes of shared memory and the kernel {name} needs {shared_bytes} for this head_dim "
+            "and length: take float32, another GPU, or backend='reference'"
+        )
     code = source(file)
     code = "".join(f"#define {key} {value}\n" for key, value in sorted(defines.items()) if key in code) + code
     options = ["-std=c++17"]

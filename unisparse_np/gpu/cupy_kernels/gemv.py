@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import cupy
 import numpy as np
 
 from ...problem import ceil_div
@@ -56,7 +57,7 @@ def threads_of(width: int) -> int:
 def _launch(name: str, weight: Any, group: int, arguments: tuple[Any, ...], overlap: bool = False) -> None:
     """group: rows of the weight that make one output."""
     outputs = len(weight) // group
-    plan = _plan(name, weight.dtype.name, outputs, weight.shape[1], group)
+    plan = _plan(name, weight.dtype.name, outputs, weight.shape[1], group, cupy.cuda.runtime.getDevice())
     if overlap:
         launcher = _overlapping(plan, name)
         launcher(plan.grid, 1, *map(address, arguments), outputs)
@@ -75,7 +76,8 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(name: str, dtype: str, outputs: int, width: int, group: int) -> Plan:
+def _plan(name: str, dtype: str, outputs: int, width: int, group: int, device: int) -> Plan:
+    """For the current device, which `device` names."""
     threads = threads_of(width)
     at_once = outputs_at_once(width, threads, group)
     grid = min(ceil_div(outputs, at_once), num_multiprocessors() * max(1, THREADS_PER_MULTIPROCESSOR // threads))
