@@ -115,11 +115,11 @@ def head(x: Any, weight: Any) -> Any:
 
 def rms_norm(x: Any, weight: Any, eps: float, dtype: np.dtype) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight along rows: x [T, n] and weight [n] float32 -> a new [T, n] of dtype."""
-    width = x.shape[1]
+    x, width = cupy.ascontiguousarray(x), x.shape[1]
     out = cupy.empty(x.shape, dtype)
     threads = gemv.threads_of(width)
     launcher = _row_launcher("rms_norm", np.dtype(dtype), width, threads, threads // 8, cupy.cuda.runtime.getDevice())
-    launcher(len(x), 1, *map(address, (cupy.ascontiguousarray(x), weight, float(eps), out)))
+    launcher(len(x), 1, *map(address, (x, weight, float(eps), out)))
     return out
 
 

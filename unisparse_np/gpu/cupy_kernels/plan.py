@@ -41,13 +41,12 @@ class Plan:
         self._results: dict[Callable[[Plan], Any], Any] = {}
         self._shapes: dict[tuple[int, int], np.ndarray] = {}
         self._packed: dict[tuple[int, bool], bytes] = {}
-        self._kernels: dict[tuple[str, bool], Any] = {}
         self._launchers: dict[tuple[str, bool], Launcher] = {}
 
     def once(self, function: Callable[[Plan], Result]) -> Result:
         """function(plan), worked out at the first call only."""
         if function not in self._results:
-            self._results[function] = function(self)
+            self._results.setdefault(function, function(self))  # of two threads the first one's stays: programs hold its addresses
         return self._results[function]
 
     def record(self, key: tuple[Any, ...], launches: Iterable[Launch]) -> Program:
@@ -69,15 +68,8 @@ class Plan:
             self._packed[key] = self.shape(*key).tobytes()
         return self._packed[key]
 
-    def kernel(self, file: str, name: str, shared_bytes: int, dtype: Any = np.float16) -> Any:
-        """A compiled kernel for inputs of this dtype."""
-        key = (name, dtype == np.float16)
-        if key not in self._kernels:
-            self._kernels[key] = self._compiled(file, name, shared_bytes, key[1])
-        return self._kernels[key]
-
     def launcher(self, file: str, name: str, threads: int, shared_bytes: int = 0, is_float16: bool = True) -> Launcher:
-        """The same to be launched with little host time; bfloat16 unless is_float16."""
+        """A compiled kernel, to be launched with little host time; bfloat16 unless is_float16."""
         key = (name, is_float16)
         if key not in self._launchers:
             compiled = self._compiled(file, name, shared_bytes, is_float16)

@@ -193,7 +193,7 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
         rows.absorb(s, c);
         pin(s);
         // The next keys are waited for here: the branch keeps the compiler from moving the wait for the PV product above
-        // the exponentials, team would end their overlap.
+        // the exponentials, which would end their overlap.
         if (j + 1 < num_tiles) barrier_wait(K_FULL(k.stage), k.parity);
         wgmma_wait<0>();
         pin(o);

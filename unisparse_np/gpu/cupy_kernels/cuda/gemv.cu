@@ -3,6 +3,8 @@
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  x stays in registers: a thread block reads whole rows, each thread the same columns of every row, 16 bytes a load, the
 //      next ROWS rows under way while these are added up; RMSNorm, SwiGLU and the residual addition are fused around it
+//   2  the loads of the next rows stand before the products of these: ptxas had moved them behind
+//   3  the first rows are asked for while the launch before this one ends
 //
 // The first rows are asked for before x is there, so RMSNorm costs no time of its own; where the launch allows it, before the
 // kernel that makes x has ended (x is not __restrict__ for that reason: its reads must not be moved up). Warps never meet inside the loop: each
