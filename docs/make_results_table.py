@@ -81,7 +81,8 @@ def selection_rows(result: dict[str, Any]) -> list[Row]:
 
 def llama_rows(result: dict[str, Any]) -> list[Row]:
     """Prefill and decode of the 8B shape, transformers' rows first; a decode step beside what reading the weights alone would take."""
-    rows = [row for row in result["rows"] if row["work"] in ("prefill", "decode")]
+    rows = [row for row in result["rows"] if row["work"] in ("prefill", "decode") and "aside" not in row]
+    rows.sort(key=lambda row: (row["work"] == "decode", row["tokens"], not row["kernel"].startswith("transformers"), -(row.get("density") or 1)))
     dense = {row["tokens"]: row["seconds"] for row in rows if row["kernel"] == "ours dense"}
     for row in rows:
         if row["work"] == "decode" and row["tokens"] in dense:
@@ -113,7 +114,7 @@ def first_token_rows(result: dict[str, Any]) -> list[Row]:
     return [{"engine": engine, **row} for engine, row in result["speed"]["rows"].items()]
 
 
-GPU = "nvidia_h100_80gb_hbm3"  # whose results are shown
+GPU = "nvidia_h200"  # whose results are shown
 
 TABLES: list[tuple[str, Table]] = [
     (
@@ -206,7 +207,7 @@ TABLES: list[tuple[str, Table]] = [
                 "tokens": lambda row: f"{row['tokens']:,}",
                 "engine": lambda row: row["kernel"],
                 "density": density_of,
-                "seconds": lambda row: f"{row['seconds']:.4g}" if "seconds" in row else "out of memory",
+                "seconds": lambda row: f"{row['seconds']:.4f}" if "seconds" in row else "out of memory",
                 "x transformers, cuDNN": number("times_faster_than_cudnn", ".2f"),
                 "x our dense": number("times_faster_than_our_dense", ".2f"),
                 "peak memory, GB": lambda row: f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "",
@@ -277,7 +278,7 @@ def shown(name: str, table: Table) -> str:
     stamp = result.get("stamp", result)
     cpu = stamp["cpu"]
     source = f"[`{name}.json`](benchmarks/results/{name}.json)"
-    where = f"{device_of(stamp) or cpu['name'] + ', ' + str(cpu['cores']) + ' cores'}, NumPy {stamp['versions']['numpy']}"
+    where = f"{result.get('device') or device_of(stamp) or cpu['name'] + ', ' + str(cpu['cores']) + ' cores'}, NumPy {stamp['versions']['numpy']}"
     where += "".join(
         f", {library} {stamp['versions'][library]}" for library in ("cupy-cuda13x", "numba-cuda") if library in stamp["versions"]
     )

@@ -319,7 +319,11 @@ def _module(capability: str) -> types.ModuleType:
     runtime = types.SimpleNamespace(
         CUDARuntimeError=RuntimeError, getDevice=lambda: 0, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34,) * 2
     )
-    cublas = types.SimpleNamespace(gemmEx=gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1)
+    modes = [0]
+    cublas = types.SimpleNamespace(
+        gemmEx=gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1,
+        getMathMode=lambda _: modes[0], setMathMode=lambda _, mode: modes.__setitem__(0, mode),
+    )  # fmt: skip
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
     devices = types.SimpleNamespace(get_cublas_handle=lambda: 0)
     module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
