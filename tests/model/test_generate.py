@@ -38,8 +38,8 @@ class ScriptedModel:
         self.script = iter(script)
         self.read, self.attentions, self.capacity, self.released = [], [], 0, []
 
-    def new_cache(self, capacity, attention):
-        if attention == "wrong":
+    def new_cache(self, capacity, attention, decode_attention):
+        if "wrong" in (attention, decode_attention):
             raise InvalidInput("attention='wrong'")
         self.capacity = capacity
         return SimpleNamespace(release=lambda: self.released.append(True))

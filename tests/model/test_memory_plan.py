@@ -1,5 +1,6 @@
 """The memory plan: chunks as large as pay and fit, and refusals that say how many tokens would fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,17 @@ def test_the_cache_is_keys_values_and_what_sparse_layers_keep():
     assert dense == 2 * 32 * 8 * 131072 * 128 * 2  # 17.2 GB
     sparse = plan(LLAMA_8B, 0, UniSparseConfig()).cache_bytes(131072)
     assert sparse - dense == 32 * 8 * 16384 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("decode", "composites"),
+    [("dense", 16384), (UniSparseConfig(), 16384), (UniSparseConfig(top_p=0.5), 16384), (UniSparseConfig(k_compress=4), 3 * 16384)],
+)
+def test_steps_that_pool_keys_in_their_own_way_need_their_own_summaries(decode, composites):
+    both = replace(plan(LLAMA_8B, 0, UniSparseConfig()), decode_attentions=[decode] * 32).cache_bytes(131072)
+    assert both - plan(LLAMA_8B, 0).cache_bytes(131072) == 32 * 8 * composites * 128 * 2
+    alone = replace(plan(LLAMA_8B, 0), decode_attentions=[UniSparseConfig()] * 32).cache_bytes(131072)
+    assert alone == plan(LLAMA_8B, 0, UniSparseConfig()).cache_bytes(131072)
 
 
 def test_chunks_are_as_large_as_pay_and_fit():

@@ -84,8 +84,7 @@ def stream_generate(
     stop_token_ids = {token_id for text in stop_strings.texts if (token_id := tokenizer.special_token_id(text)) is not None}
     prompt_ids = _prompt_ids(model, tokenizer, prompt, system, raw)
     max_tokens = _tokens_that_fit(model, len(prompt_ids), max_tokens)
-    model.new_cache(1, decode_attention)  # has decode_attention checked before the prefill
-    cache = model.new_cache(len(prompt_ids) + max_tokens - 1, attention)
+    cache = model.new_cache(len(prompt_ids) + max_tokens - 1, attention, decode_attention=decode_attention)
 
     def prefill() -> Any:
         return model.prefill_on_backend(prompt_ids, cache, attention, chunk_size=chunk_size, progress=progress)

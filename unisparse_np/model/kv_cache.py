@@ -81,7 +81,7 @@ class KVCache:
         """
         if not isinstance(attention, UniSparseConfig):
             return None
-        kind = (attention.block_size, attention.k_compress, attention.head_compress, attention.key_anchors)
+        kind = pooled_by(attention)
         known = self._summaries[layer]
         if kind not in known or known[kind].length > self.length:  # ahead only after a call that was interrupted
             heads = (self._config.num_attention_heads, self._config.num_key_value_heads)
@@ -118,6 +118,13 @@ class KVCache:
             self._counted[layer] += sum(count() for count in calls)
             calls.clear()
         return np.array([self._counted, self._visible], dtype=np.float64).T
+
+
+def pooled_by(attention: AttentionConfig) -> tuple[int, ...]:
+    """What decides a layer's key summary: attentions that agree in it share one; empty for dense attention, which has none."""
+    if not isinstance(attention, UniSparseConfig):
+        return ()
+    return attention.block_size, attention.k_compress, attention.head_compress, attention.key_anchors
 
 
 def densities(counts: np.ndarray) -> list[float]:

@@ -61,20 +61,23 @@ class Llama:
         self._new_decoder = getattr(backend, "new_decoder", None)  # of steps as one call, where the backend has that
 
     # ---- what callers use ----
-    def new_cache(self, capacity: int, attention: Attention = "dense", *, prompt_tokens: int | None = None) -> KVCache:
+    def new_cache(
+        self, capacity: int, attention: Attention = "dense", *, prompt_tokens: int | None = None, decode_attention: Attention = "dense"
+    ) -> KVCache:
         """Room for `capacity` tokens.
 
         Args:
             prompt_tokens: length of a prompt that will be read in several calls, by which rotary frequencies that depend on
                 the length are fixed. None: by the first call's length.
+            decode_attention: of steps after the prompt, where it may be another: a device's memory is planned for both.
 
         Raises:
             InvalidInput: more than the model's positions, or than a device's free memory holds (says how many would fit); an
                 attention list that does not fit the layers.
         """
-        configs = self._attention_per_layer(attention)
+        configs, later = self._attention_per_layer(attention), self._attention_per_layer(decode_attention)
         self._check_positions(capacity)
-        if (plan := self._plan(configs)) is not None:
+        if (plan := self._plan(configs, later)) is not None:
             plan.require(capacity)
         cache = KVCache(self.config, capacity, self.backend, self.forward.dtype)
         if prompt_tokens is not None:
@@ -258,10 +261,12 @@ class Llama:
         check_split(self._whole_config, self.ranks.tensor.size, configs)
         return [local_attention(config, Shard(self.ranks.tensor.rank, self.ranks.tensor.size)) for config in configs]
 
-    def _plan(self, configs: list[AttentionConfig]) -> MemoryPlan | None:
+    def _plan(self, configs: list[AttentionConfig], later: Sequence[AttentionConfig] = ()) -> MemoryPlan | None:
         """What this attention will take of the device; None on a host, whose memory is not planned."""
         memory = self._layers.memory
-        return None if memory is None else MemoryPlan(self.config, configs, self.forward.dtype.itemsize, memory, self.ranks.context.size)
+        if memory is None:
+            return None
+        return MemoryPlan(self.config, configs, self.forward.dtype.itemsize, memory, self.ranks.context.size, later)
 
     def _chunks(
         self, tokens: int, cache: KVCache, configs: list[AttentionConfig], chunk_size: int | None, *, all_logits: bool = False

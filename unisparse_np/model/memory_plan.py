@@ -14,6 +14,7 @@ from ..config import UniSparseConfig
 from ..errors import InvalidInput
 from ..problem import Problem, ceil_div
 from .config import ModelConfig
+from .kv_cache import pooled_by
 
 STREAM_BYTES = 4  # of a number of the residual stream
 RESERVE_BYTES = 256 << 20  # for the libraries' own workspaces and what the pool cannot use of its blocks
@@ -30,9 +31,10 @@ def whole_blocks(attentions: Sequence[AttentionConfig]) -> int:
 class MemoryPlan:
     """One model and one attention a layer, on a device.
 
-    config: the model's. attentions: one a layer. itemsize: bytes of a number of q, k, v and the activations between products.
+    config: the model's. attentions: of the prompt, one a layer. itemsize: bytes of a number of q, k, v and activations between products.
     memory: the backend's (`layers.memory`), which knows what is free and what attention and key summaries take.
     context_ranks: processes that share out a chunk's rows and exchange its keys and values; tokens are those of one of them.
+    decode_attentions: of the steps after the prompt, one a layer, which may keep summaries of their own; () plans none.
     """
 
     config: ModelConfig
@@ -40,12 +42,16 @@ class MemoryPlan:
     itemsize: int
     memory: Any
     context_ranks: int = 1
+    decode_attentions: Sequence[AttentionConfig] = ()
 
     def cache_bytes(self, capacity: int) -> int:
         """Keys, values and key summaries of `capacity` tokens."""
         config = self.config
         keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * capacity * config.head_dim * self.itemsize
-        return keys_and_values + sum(layers * self._summary_bytes(capacity, attention) for attention, layers in self._kinds.items())
+        pairs = zip(self.attentions, self.decode_attentions, strict=False)
+        later = Counter(after for before, after in pairs if pooled_by(after) != pooled_by(before))
+        summaries = (layers * self._summary_bytes(capacity, attention) for attention, layers in (*self._kinds.items(), *later.items()))
+        return keys_and_values + sum(summaries)
 
     def chunk_bytes(self, tokens: int, length: int, *, all_logits: bool = False) -> int:
         """The most that is held at once beside weights and cache while the last `tokens` of `length` tokens are read.
