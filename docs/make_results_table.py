@@ -79,10 +79,15 @@ def selection_rows(result: dict[str, Any]) -> list[Row]:
     return list(selections.values())
 
 
+def reading_order(row: Row) -> tuple:
+    """Prefill before decode, short before long, transformers before us, dense before sparse."""
+    return (row["work"] == "decode", row["tokens"], not row["kernel"].startswith("transformers"), -(row.get("density") or 1))
+
+
 def llama_rows(result: dict[str, Any]) -> list[Row]:
     """Prefill and decode of the 8B shape, transformers' rows first; a decode step beside what reading the weights alone would take."""
     rows = [row for row in result["rows"] if row["work"] in ("prefill", "decode") and "aside" not in row]
-    rows.sort(key=lambda row: (row["work"] == "decode", row["tokens"], not row["kernel"].startswith("transformers"), -(row.get("density") or 1)))
+    rows.sort(key=reading_order)
     dense = {row["tokens"]: row["seconds"] for row in rows if row["kernel"] == "ours dense"}
     for row in rows:
         if row["work"] == "decode" and row["tokens"] in dense:
@@ -278,7 +283,8 @@ def shown(name: str, table: Table) -> str:
     stamp = result.get("stamp", result)
     cpu = stamp["cpu"]
     source = f"[`{name}.json`](benchmarks/results/{name}.json)"
-    where = f"{result.get('device') or device_of(stamp) or cpu['name'] + ', ' + str(cpu['cores']) + ' cores'}, NumPy {stamp['versions']['numpy']}"
+    machine = result.get("device") or device_of(stamp) or f"{cpu['name']}, {cpu['cores']} cores"
+    where = f"{machine}, NumPy {stamp['versions']['numpy']}"
     where += "".join(
         f", {library} {stamp['versions'][library]}" for library in ("cupy-cuda13x", "numba-cuda") if library in stamp["versions"]
     )
