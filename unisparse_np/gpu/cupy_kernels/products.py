@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import lru_cache
 from typing import Any
 
 import cupy
 import ml_dtypes
 import numpy as np
 
+from ...errors import BackendUnavailable
+
 _FACTORS = np.array([0, 1], np.float32)
 _ZERO, _ONE = (_FACTORS.ctypes.data + 4 * n for n in range(2))  # addresses
 _SUMS_IN_FLOAT32 = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, which CuPy does not name
-_CUBLAS, _RUNTIME = cupy.cuda.cublas, cupy.cuda.runtime
+_RUNTIME = cupy.cuda.runtime
 _TYPES = {
     np.dtype(np.float32): _RUNTIME.CUDA_R_32F,
     np.dtype(np.float16): _RUNTIME.CUDA_R_16F,
@@ -32,15 +35,29 @@ def product(x: Any, weight: Any, out: Any, *, add: bool) -> None:
         x = cupy.ascontiguousarray(x)
     tokens, inner = x.shape
     rows, kind = weight.shape[0], _TYPES[weight.dtype]
-    handle = cupy.cuda.device.get_cublas_handle()
-    mode = _CUBLAS.getMathMode(handle)  # the handle is all of CuPy's: left as it was
-    _CUBLAS.setMathMode(handle, _SUMS_IN_FLOAT32)
-    _CUBLAS.gemmEx(
-        handle, _CUBLAS.CUBLAS_OP_T, _CUBLAS.CUBLAS_OP_N, rows, tokens, inner, _ONE,
-        weight.data.ptr, kind, inner, x.data.ptr, kind, inner, _ONE if add else _ZERO, out.data.ptr, _TYPES[out.dtype], rows,
-        _CUBLAS.CUBLAS_COMPUTE_32F, _CUBLAS.CUBLAS_GEMM_DEFAULT,
-    )  # fmt: skip
-    _CUBLAS.setMathMode(handle, mode)
+    cublas, handle = _cublas(), cupy.cuda.device.get_cublas_handle()
+    mode = cublas.getMathMode(handle)  # the handle is all of CuPy's: left as it was
+    cublas.setMathMode(handle, _SUMS_IN_FLOAT32)
+    try:
+        cublas.gemmEx(
+            handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, tokens, inner, _ONE,
+            weight.data.ptr, kind, inner, x.data.ptr, kind, inner, _ONE if add else _ZERO, out.data.ptr, _TYPES[out.dtype], rows,
+            cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+    finally:
+        cublas.setMathMode(handle, mode)
+
+
+@lru_cache
+def _cublas() -> Any:
+    """CuPy's cuBLAS, looked up at the first product: attention alone needs none."""
+    try:
+        return cupy.cuda.cublas
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"CuPy does not find cuBLAS, which a model's products need ({error}): "
+            "pip install 'unisparse-np[gpu]', or use backend='reference'"
+        ) from error
 
 
 def get_ready() -> None:
