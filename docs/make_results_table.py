@@ -116,6 +116,7 @@ def profile_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def first_token_rows(result: dict[str, Any]) -> list[Row]:
+    """One row an engine."""
     return [{"engine": engine, **row} for engine, row in result["speed"]["rows"].items()]
 
 

@@ -4,15 +4,14 @@ Few and small problems here, each made to hit what could go wrong; -m slow has m
 """
 
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
+from tests.emulator.planted_bugs import assert_caught
 from unisparse_np import Problem, UniSparseConfig, reference
 from unisparse_np.comparison import TOLERANCES, compare_anchors, compare_masks, compare_outputs, compare_scores
 
@@ -184,23 +183,6 @@ PLANTED = {
     "anchors of selected blocks": ("mask.cuh", "& ~selected_word(words, shape, head, q_block, w, visible)", ""),
     "a tile nobody wrote": ("scores_sm90.cu", "min(exist, rows + 16) - 1", "exist - 1"),
 }
-
-
-def assert_caught(planted, checks, tmp_path):
-    """Plant a bug, (file, good, bad), and run checks, in a process of its own: the emulator ends it at a deadlock or a wrong access."""
-    file, good, bad = planted
-    folder = tmp_path / "cuda"
-    shutil.copytree(cupy_on_cpu.SOURCES, folder)
-    text = (folder / file).read_text()
-    assert text.count(good) == 1
-    (folder / file).write_text(text.replace(good, bad))
-    program = (
-        f"import pathlib, sys\nfrom tests.emulator import cupy_on_cpu\ncupy_on_cpu.Kernel.folder = pathlib.Path(sys.argv[1])\n{checks}"
-    )
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=root, capture_output=True, text=True, timeout=600)
-    assert result.returncode != 0, "the bug went unseen"
-    assert "CalledProcessError" not in result.stderr, "the bug does not compile"
 
 
 @pytest.mark.slow

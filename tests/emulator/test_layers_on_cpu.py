@@ -1,15 +1,14 @@
 """The CuPy backend's layers, run on the CPU by the emulator and compared with the reference's in float64."""
 
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
+from tests.emulator.planted_bugs import assert_caught
 from unisparse_np import Problem, UniSparseConfig
 from unisparse_np.reference import RunningKeySummary
 from unisparse_np.reference import layers as reference
@@ -244,19 +243,7 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_caught(name, tmp_path):
-    file, good, bad, tests = PLANTED[name]
-    folder = tmp_path / "cuda"
-    shutil.copytree(cupy_on_cpu.SOURCES, folder)
-    text = (folder / file).read_text()
-    assert text.count(good) == 1
-    (folder / file).write_text(text.replace(good, bad))
-    program = (
-        "import pathlib, sys, pytest\n"
-        "from tests.emulator import cupy_on_cpu\n"
-        "cupy_on_cpu.Kernel.folder = pathlib.Path(sys.argv[1])\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-m', 'not slow', '-k', sys.argv[2], sys.argv[3]]))\n"
-    )
-    command = [sys.executable, "-c", program, str(folder), tests, __file__]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
-    assert result.returncode != 0, "the bug went unseen"  # a test failed, or the emulator ended the process
+    *planted, tests = PLANTED[name]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", tests, __file__]
+    result = assert_caught(planted, f"import pytest\nsys.exit(pytest.main({options!r}))\n", tmp_path)
     assert "1 error" not in result.stdout, result.stdout

@@ -10,7 +10,8 @@ import pytest
 
 from tests import golden
 from tests.emulator import cupy_on_cpu
-from tests.emulator.test_backend_on_cpu import assert_caught, check, inputs
+from tests.emulator.planted_bugs import assert_caught
+from tests.emulator.test_backend_on_cpu import check, inputs
 from unisparse_np import InvalidInput, Problem, UniSparseConfig, audit, reference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
