@@ -30,9 +30,12 @@ class UniSparseConfig:
         key_anchors: r, keys of smallest norm per block that stay visible when their block is dropped (step 6), 0..8.
         sink_blocks: leading blocks that are always kept (step 5).
         local_blocks: blocks before the diagonal that are always kept under causality (step 5).
+        top_p_compress: c_p, tokens averaged into one composite token for Top-P, queries and keys alike (step 1), where the
+            row threshold reads the finer ones of q_compress and k_compress; a multiple of both, divides block_size. None:
+            both rules read the same composite tokens.
 
     Raises:
-        InvalidInput: a value breaks its rule, or both rules of step 4 are off.
+        InvalidInput: a value breaks its rule, both rules of step 4 are off, or top_p_compress is set with only one of them on.
     """
 
     block_size: int = 128
@@ -44,6 +47,7 @@ class UniSparseConfig:
     key_anchors: int = 1
     sink_blocks: int = 1
     local_blocks: int = 1
+    top_p_compress: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in _LEAST_VALUE.items():
@@ -60,6 +64,25 @@ class UniSparseConfig:
         object.__setattr__(self, "row_threshold", _share("row_threshold", self.row_threshold, one_allowed=False))
         if self.top_p is None and self.row_threshold is None:
             raise InvalidInput("top_p=None and row_threshold=None leave no rule to keep blocks by: set at least one of them")
+        if self.top_p_compress is not None:
+            self._check_top_p_compress()
+
+    def _check_top_p_compress(self) -> None:
+        width = _whole_number("top_p_compress", self.top_p_compress, 1)
+        object.__setattr__(self, "top_p_compress", width)
+        for name in ("top_p", "row_threshold"):
+            if getattr(self, name) is None:
+                raise InvalidInput(
+                    f"top_p_compress={width} with {name}=None: Top-P reads composite tokens of its own only beside the row threshold; "
+                    "set both rules, or leave top_p_compress None and set q_compress and k_compress"
+                )
+        finest = math.lcm(self.q_compress, self.k_compress)
+        if width % finest or self.block_size % width:
+            legal = [c for c in range(finest, self.block_size + 1, finest) if self.block_size % c == 0]
+            raise InvalidInput(
+                f"top_p_compress={width} is not a multiple of q_compress={self.q_compress} and k_compress={self.k_compress} "
+                f"that divides block_size={self.block_size}: give one of {', '.join(map(str, legal))}"
+            )
 
     def kept_blocks(self, selected: Any, visible: int) -> Any:
         """Density's numerator: of so many visible blocks the selected ones, and r / S of each other one for its anchor keys.

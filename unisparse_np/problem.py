@@ -175,6 +175,15 @@ class Problem:
         last_position = self._offset + min(self.q_len, (t + 1) * self.config.q_compress) - 1
         return last_position // self.config.k_compress + 1
 
+    @property
+    def keys_read(self) -> int:
+        """Keys 0 .. n-1 are all that is read, up to the end of the (coarse) composite key that holds the last query; returns n."""
+        if not self.causal:
+            return self.k_len
+        largest = self.config.top_p_compress or self.config.k_compress  # top_p_compress is a multiple of k_compress
+        last_position = self._offset + self.q_len - 1
+        return min(self.k_len, (last_position // largest + 1) * largest)
+
     # ---- what is forced (step 5) ----
     def forced_blocks(self, i: int) -> tuple[int, int, int]:
         """(sink_stop, local_start, local_stop): blocks 0..sink_stop-1 and local_start..local_stop-1 are always kept."""
@@ -184,6 +193,18 @@ class Problem:
             return sink_stop, visible, visible
         diagonal = self.query_positions(i)[0] // self.config.block_size
         return sink_stop, max(0, diagonal - self.config.local_blocks), visible
+
+    # ---- one rule of step 4 alone, where each reads composite tokens of its own ----
+    def of_top_p(self) -> Problem:
+        """The same problem with Top-P alone, over coarse composite tokens of top_p_compress tokens (which must be set)."""
+        width = self.config.top_p_compress
+        assert width is not None, "top_p_compress is off: both rules read the same composite tokens"
+        config = replace(self.config, q_compress=width, k_compress=width, top_p_compress=None, row_threshold=None)
+        return replace(self, config=config)
+
+    def of_row_threshold(self) -> Problem:
+        """The same problem with the row threshold alone, over composite tokens of q_compress and k_compress tokens."""
+        return replace(self, config=replace(self.config, top_p=None, top_p_compress=None))
 
     # ---- parts ----
     def of_kv_heads(self, start: int, stop: int) -> Problem:

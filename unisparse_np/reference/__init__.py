@@ -15,15 +15,16 @@ from ..errors import InvalidInput
 from ..problem import Problem
 from . import attend, layers, run, select
 from .attend import dense_attention, find_anchors, sparse_attention
-from .compress import compress
+from .compress import coarse_composites, compress
 from .key_summary import RunningKeySummary
 from .run import run_dense, run_sparse
 from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_composites", "as_numpy", "attend", "check_finite", "compress", "dense_attention", "find_anchors", "from_any",
-    "layers", "name", "run", "run_dense", "run_sparse", "score_blocks", "select", "select_blocks", "sparse_attention", "to_kind_of", "xp",
+    "RunningKeySummary", "as_composites", "as_numpy", "attend", "check_finite", "coarse_composites", "compress", "dense_attention",
+    "find_anchors", "from_any", "layers", "name", "run", "run_dense", "run_sparse", "score_blocks", "select", "select_blocks",
+    "sparse_attention", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "reference"
@@ -52,9 +53,7 @@ def check_finite(q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Problem) 
     attention reads values up to that position; what lies behind may hold anything.
     """
     last_block = problem.num_q_blocks - 1
-    composites = problem.visible_composites(problem.num_q_composites - 1)
-    keys_read = min(problem.k_len, composites * problem.config.k_compress)
-    for label, x in (("q", q), ("k", k[:, :keys_read]), ("v", v[:, : problem.visible_keys(last_block)])):
+    for label, x in (("q", q), ("k", k[:, : problem.keys_read]), ("v", v[:, : problem.visible_keys(last_block)])):
         if not np.isfinite(x).all():
             head, token, dim = (int(axis[0]) for axis in np.nonzero(~np.isfinite(x)))
             raise InvalidInput(f"{label} holds {x[head, token, dim]} at [{head}, {token}, {dim}]: attention needs finite numbers")

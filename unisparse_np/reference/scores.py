@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import Problem
+from .compress import coarse_composites
 
 
 def score_blocks(qc: np.ndarray, kc: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray | None]:
@@ -12,11 +13,15 @@ def score_blocks(qc: np.ndarray, kc: np.ndarray, problem: Problem) -> tuple[np.n
 
     qc [Hc, Tq, d], kc [Hkc, Tk, d] -> mean [Hc, Nq, Nk] (B: the mean over a query block's composite queries) and
     peak [Hc, Nq, Nk] (R: their maximum), or None in its place when the row threshold is off. Blocks that are not
-    visible hold 0. Both have the dtype of qc.
+    visible hold 0. Both have the dtype of qc. With top_p_compress the mean comes from coarse composites and the peak from qc, kc.
 
     Each query block is its own matrix product over just its visible keys, so that the result does not depend on how
     the prompt was cut into (block-aligned) chunks, to the last bit.
     """
+    if problem.config.top_p_compress is not None:
+        mean, _ = score_blocks(*coarse_composites(qc, kc, problem), problem.of_top_p())
+        _, peak = score_blocks(qc, kc, problem.of_row_threshold())
+        return mean, peak
     shape = (problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks)
     mean = np.zeros(shape, dtype=qc.dtype)
     peak = None if problem.config.row_threshold is None else np.zeros(shape, dtype=qc.dtype)
