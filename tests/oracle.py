@@ -13,7 +13,8 @@ def oracle(q, k, v, config, causal=True, q_offset=None, scale=None):
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
     num_q_heads, q_len, dim = q.shape
     num_kv_heads, k_len, _ = k.shape
-    size, c_q, c_h = config.block_size, config.q_compress, config.head_compress
+    size, c_h = config.block_size, config.head_compress
+    fine, coarse = (config.q_compress, config.k_compress), (config.top_p_compress,) * 2
     group = num_q_heads // num_kv_heads
     scale = 1 / math.sqrt(dim) if scale is None else scale
     offset = (k_len - q_len if q_offset is None else q_offset) if causal else 0
@@ -26,11 +27,11 @@ def oracle(q, k, v, config, causal=True, q_offset=None, scale=None):
         for i in range(q_blocks):
             last = offset + min(q_len, (i + 1) * size) - 1
             visible = [j for j in range(k_blocks) if not causal or j * size <= last]
-            rows = []
-            for t in range(math.ceil(q_len / c_q)):
-                if t * c_q // size == i:
-                    rows.append(_block_masses(q, k, heads, kv_heads, t, config, causal, offset, scale, k_blocks))
-            mean[h, i], peak[h, i] = np.mean(rows, axis=0), np.max(rows, axis=0)
+            rows = {}
+            for widths in (fine, fine if config.top_p_compress is None else coarse):
+                tokens = [t for t in range(math.ceil(q_len / widths[0])) if t * widths[0] // size == i]
+                rows[widths] = [_block_masses(q, k, heads, kv_heads, t, *widths, size, causal, offset, scale, k_blocks) for t in tokens]
+            peak[h, i], mean[h, i] = np.max(rows[fine], axis=0), np.mean(rows[widths], axis=0)
             kept = _kept_blocks(mean[h, i], peak[h, i], visible, h, config)
             if causal:
                 first = offset + i * size
@@ -42,9 +43,8 @@ def oracle(q, k, v, config, causal=True, q_offset=None, scale=None):
     return {"mean": mean, "peak": peak, "mask": mask, "out": out, "lse": lse}
 
 
-def _block_masses(q, k, heads, kv_heads, t, config, causal, offset, scale, k_blocks):
+def _block_masses(q, k, heads, kv_heads, t, c_q, c_k, size, causal, offset, scale, k_blocks):
     """One composite query's attention mass in each key block."""
-    c_q, c_k, size = config.q_compress, config.k_compress, config.block_size
     tokens = range(t * c_q, min(q.shape[1], (t + 1) * c_q))
     query = np.mean([np.mean([q[h, n] for n in tokens], axis=0) for h in heads], axis=0)
     logits = {}

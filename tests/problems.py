@@ -1,5 +1,8 @@
 """Random small problems for the property tests: shapes, configs and inputs that every rule of ALGORITHM.md allows."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -12,6 +15,14 @@ def divisors(n):
 
 def legal_head_compress(num_q_heads, group):
     return [c for c in divisors(num_q_heads) if group % c == 0 or c % group == 0]
+
+
+def legal_top_p_compress(config):
+    """None, and every size that Top-P's own composite tokens may have."""
+    if config.top_p is None or config.row_threshold is None:
+        return [None]
+    finest = math.lcm(config.q_compress, config.k_compress)
+    return [None, *(c for c in divisors(config.block_size) if c % finest == 0)]
 
 
 @st.composite
@@ -40,4 +51,7 @@ def problems(draw, causal=None, rules=None, **fixed):
     spread = draw(st.sampled_from([0.3, 1.0, 4.0]))  # peaked and flat attention
     q = spread * rng.standard_normal((num_q_heads, q_len, dim))
     k, v = (rng.standard_normal((num_kv_heads, k_len, dim)) for _ in range(2))
-    return q, k, v, UniSparseConfig(**(values | fixed)), {"causal": is_causal, "q_offset": q_offset}
+    config = UniSparseConfig(**(values | fixed))
+    if "top_p_compress" not in fixed:
+        config = replace(config, top_p_compress=draw(st.sampled_from(legal_top_p_compress(config))))
+    return q, k, v, config, {"causal": is_causal, "q_offset": q_offset}

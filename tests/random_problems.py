@@ -68,7 +68,7 @@ def _random_config(rng: np.random.Generator, size: int, group: int, heads: int) 
         top_p = tuple(float(p) for p in rng.choice([0.2, 0.6, 0.95], heads // head_compress))
         row_threshold = tuple(float(p) for p in rng.choice([0.03, 0.2], heads // head_compress))
     rule = rng.integers(3)
-    return UniSparseConfig(
+    config = UniSparseConfig(
         block_size=size,
         q_compress=int(rng.choice([2, 4, 8, 16, 32])),
         k_compress=int(rng.choice([2, 4, 8, 16, 32])),
@@ -79,6 +79,15 @@ def _random_config(rng: np.random.Generator, size: int, group: int, heads: int) 
         sink_blocks=int(rng.integers(3)),
         local_blocks=int(rng.integers(3)),
     )
+    return replace(config, top_p_compress=_random_top_p_compress(rng, config))
+
+
+def _random_top_p_compress(rng: np.random.Generator, config: UniSparseConfig) -> int | None:
+    """None in half of the problems with both rules, and in all others."""
+    if config.top_p is None or config.row_threshold is None or rng.integers(2):
+        return None
+    finest = max(config.q_compress, config.k_compress)  # powers of 2
+    return int(rng.choice([c for c in (2, 4, 8, 16, 32) if c % finest == 0]))
 
 
 def on_device(x: np.ndarray, layout: str, cupy: Any) -> Any:

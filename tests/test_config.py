@@ -43,6 +43,13 @@ def test_a_config_is_frozen_and_hashable():
         ({"sink_blocks": -1}, "sink_blocks=-1 is too small"),
         ({"local_blocks": None}, "local_blocks=None is not a whole number"),
         ({"head_compress": 0}, "head_compress=0 is too small"),
+        ({"top_p_compress": 8}, "top_p_compress=8 with row_threshold=None: Top-P reads composite tokens of its own only beside"),
+        ({"top_p_compress": 8, "top_p": None, "row_threshold": 0.1}, "top_p_compress=8 with top_p=None"),
+        ({"top_p_compress": 12, "row_threshold": 0.1}, "top_p_compress=12 is not a multiple of q_compress=8 and k_compress=8 that divides"),
+        ({"top_p_compress": 256, "row_threshold": 0.1}, "divides block_size=128: give one of 8, 16, 32, 64, 128"),
+        ({"top_p_compress": 4, "row_threshold": 0.1}, "top_p_compress=4 is not a multiple"),
+        ({"top_p_compress": 0, "row_threshold": 0.1}, "top_p_compress=0 is too small"),
+        ({"top_p_compress": "8", "row_threshold": 0.1}, "top_p_compress='8' is not a whole number"),
     ],
 )
 def test_a_bad_value_gets_one_sentence(values, words):
@@ -71,6 +78,19 @@ def test_a_bad_problem_gets_one_sentence(arguments, words):
         Problem(**({"num_q_heads": 8, "num_kv_heads": 2, "q_len": 10, "k_len": 10, "head_dim": 4} | arguments))
     message = str(caught.value)
     assert words in message and "\n" not in message
+
+
+def test_each_rule_alone_is_a_problem_with_its_own_composite_tokens():
+    config = UniSparseConfig(block_size=16, q_compress=4, k_compress=2, row_threshold=0.1, top_p_compress=np.int64(8))
+    problem = Problem(4, 2, q_len=30, k_len=43, head_dim=8, config=config)
+    top_p, row_threshold = problem.of_top_p(), problem.of_row_threshold()
+    assert (top_p.num_q_composites, top_p.num_k_composites, top_p.q_offset) == (4, 6, 13)
+    assert (top_p.config.top_p, top_p.config.row_threshold, top_p.config.top_p_compress) == (0.95, None, None)
+    assert (row_threshold.num_q_composites, row_threshold.num_k_composites) == (8, 22)
+    assert (row_threshold.config.top_p, row_threshold.config.row_threshold, row_threshold.config.top_p_compress) == (None, 0.1, None)
+    assert Problem(1, 1, 10, 43, 8, config, q_offset=8).keys_read == 24  # position 17, in a coarse composite key of 16 .. 23
+    assert Problem(1, 1, 10, 43, 8, row_threshold.config, q_offset=8).keys_read == 18
+    assert problem.keys_read == 43 and Problem(1, 1, 10, 20, 8, config, causal=False).keys_read == 20
 
 
 def test_a_problem_names_what_is_visible():

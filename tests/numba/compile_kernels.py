@@ -34,6 +34,7 @@ def kernels():
         select = (x3, x3, array(float64, 1), array(x, 1), i1, i1, i1, i1, int64, array(bool_, 3))
         yield f"select {x}", here["select"].select, select
         yield f"mean_of_neighbours {x}", here["compress"].mean_of_neighbours, (x3, x3, int64, int64)
+        yield f"mean_of_composites {x}", here["compress"].mean_of_composites, (x3, x3, int64, int64, int64)
         yield f"squared_norms {x}", here["anchors"].squared_norms, (x3, x3)
         yield f"rank_keys {x}", here["anchors"].rank_keys, (x3, int64, array(int32, 3))
         yield f"first_not_finite {x}", here["device"].first_not_finite, (x3, int64, array(int64, 1))

@@ -1,5 +1,7 @@
 """What a query must not look at: NaN in its future, in padding and in a key's neighbours leaves mask and output as they are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,14 +12,17 @@ from unisparse_np.gpu import numba_kernels
 CONFIG = UniSparseConfig(block_size=8, q_compress=2, k_compress=4, top_p=0.6, row_threshold=0.2)
 
 
+@pytest.mark.parametrize("top_p_compress", [None, 8])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_selection_reads_no_further_than_the_composite_of_the_last_position(poison):
+def test_selection_reads_no_further_than_the_composite_of_the_last_position(poison, top_p_compress):
+    config = replace(CONFIG, top_p_compress=top_p_compress)
     q_len, q_offset, k_len = 13, 16, 48
     q, k, v = random_qkv(2, 1, q_len, k_len, 4)
-    clean, trace = unisparse_attention(q, k, v, CONFIG, q_offset=q_offset, backend="numba", return_trace=True)
-    end = -(-(q_offset + q_len) // CONFIG.k_compress) * CONFIG.k_compress
+    clean, trace = unisparse_attention(q, k, v, config, q_offset=q_offset, backend="numba", return_trace=True)
+    width = top_p_compress or config.k_compress
+    end = -(-(q_offset + q_len) // width) * width
     k[:, end:], v[:, q_offset + q_len :] = poison, poison
-    out, poisoned_trace = unisparse_attention(q, k, v, CONFIG, q_offset=q_offset, backend="numba", return_trace=True)
+    out, poisoned_trace = unisparse_attention(q, k, v, config, q_offset=q_offset, backend="numba", return_trace=True)
     np.testing.assert_array_equal(out, clean)
     np.testing.assert_array_equal(poisoned_trace.mask, trace.mask)
 

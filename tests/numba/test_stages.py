@@ -8,6 +8,7 @@ from unisparse_np import Problem, UniSparseConfig, audit, reference, unisparse_a
 from unisparse_np.gpu import numba_kernels
 
 SMALL = {"block_size": 8, "q_compress": 2, "k_compress": 2, "top_p": 0.6}
+COARSE = {"row_threshold": 0.2, "top_p_compress": 4}
 
 
 def random_qkv(num_q_heads, num_kv_heads, q_len, k_len, dim, dtype=np.float32, seed=3):
@@ -27,6 +28,9 @@ CASES = {  # (heads, kv heads, q_len, k_len, dim), config, causal, q_offset
     "a block is one composite": ((1, 1, 24, 24, 8), {**SMALL, "q_compress": 8, "k_compress": 8}, True, None),
     "row threshold": ((2, 1, 24, 24, 8), {**SMALL, "top_p": None, "row_threshold": 0.15, "key_anchors": 3}, True, None),
     "both rules, one value a head": ((2, 1, 24, 24, 8), {**SMALL, "top_p": (0.3, 1.0), "row_threshold": (0.3, 0.02)}, True, None),
+    "coarse composites for Top-P": ((2, 1, 27, 43, 8), {**SMALL, **COARSE, "k_compress": 1}, True, None),
+    "coarse composites, heads averaged, offset": ((4, 2, 11, 37, 5), {**SMALL, **COARSE, "head_compress": 4}, True, 13),
+    "coarse composites, decode step": ((2, 1, 1, 29, 8), {**SMALL, **COARSE}, True, None),
     "heads averaged in a group": ((4, 2, 24, 24, 8), {**SMALL, "head_compress": 2}, True, None),
     "heads averaged over groups": ((4, 2, 24, 24, 8), {**SMALL, "head_compress": 4}, True, None),
     "not causal": ((2, 1, 30, 21, 8), SMALL, False, None),
@@ -70,15 +74,24 @@ def test_whole_call(causal):
     np.testing.assert_allclose(trace.mean, expected_trace.mean, rtol=0, atol=1e-5)
 
 
+def test_coarse_composites_are_means_over_the_tokens_that_exist():
+    q, k, _ = random_qkv(4, 2, 27, 43, 5)
+    problem = Problem(4, 2, 27, 43, 5, UniSparseConfig(**{**SMALL, **COARSE, "head_compress": 2}))
+    found = numba_kernels.coarse_composites(*numba_kernels.compress(q, k, problem), problem)
+    for x, expected in zip(found, reference.compress(q, k, problem.of_top_p()), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-6)
+
+
 def test_dense_attention_and_a_batch():
     q, k, v = (np.stack([x, -x]) for x in random_qkv(2, 1, 20, 20, 4))
     out = unisparse_attention(q, k, v, "dense", backend="numba")
     np.testing.assert_allclose(out, unisparse_attention(q, k, v, "dense"), rtol=0, atol=1e-5)
 
 
-def test_the_same_bits_in_every_run_and_every_chunking():
+@pytest.mark.parametrize("rules", [{}, COARSE], ids=["Top-P", "coarse composites for Top-P"])
+def test_the_same_bits_in_every_run_and_every_chunking(rules):
     q, k, v = random_qkv(2, 1, 32, 32, 4)
-    config = UniSparseConfig(**SMALL)
+    config = UniSparseConfig(**SMALL, **rules)
     out, trace = unisparse_attention(q, k, v, config, backend="numba", return_trace=True)
     again, again_trace = unisparse_attention(q, k, v, config, backend="numba", return_trace=True)
     np.testing.assert_array_equal(out, again)

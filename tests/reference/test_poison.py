@@ -9,6 +9,7 @@ CONFIGS = {
     "default": UniSparseConfig(block_size=16, q_compress=4, k_compress=4),
     "paper": UniSparseConfig(block_size=16, q_compress=4, k_compress=8, top_p=0.6, key_anchors=0, sink_blocks=0, local_blocks=0),
     "row": UniSparseConfig(block_size=16, q_compress=2, k_compress=4, top_p=None, row_threshold=0.05, key_anchors=2),
+    "coarse": UniSparseConfig(block_size=16, q_compress=4, k_compress=2, top_p=0.6, row_threshold=0.05, top_p_compress=16),
 }
 
 
@@ -24,7 +25,8 @@ def test_selection_reads_no_further_than_the_composite_of_the_last_position(conf
     q_len, q_offset, k_len = 40, 48, 160
     q, k, v = random_qkv(q_len, k_len)
     clean, trace = unisparse_attention(q, k, v, config, q_offset=q_offset, return_trace=True)
-    end = -(-(q_offset + q_len) // config.k_compress) * config.k_compress
+    width = config.top_p_compress or config.k_compress
+    end = -(-(q_offset + q_len) // width) * width
     k[:, end:], v[:, q_offset + q_len :] = poison, poison
     out, poisoned_trace = unisparse_attention(q, k, v, config, q_offset=q_offset, return_trace=True)
     np.testing.assert_array_equal(out, clean)

@@ -63,7 +63,8 @@ def test_rows_of_the_scores_sum_to_one(case):
     for i in range(problem.num_q_blocks):
         close(reference.scores.compressed_attention(qc, kc, i, problem).sum(axis=-1), 1.0)
     if peak is not None:
-        assert (peak >= mean - EXACT.scores).all() and (peak <= 1 + EXACT.scores).all()
+        assert (peak <= 1 + EXACT.scores).all()
+        assert config.top_p_compress is not None or (peak >= mean - EXACT.scores).all()
 
 
 @few
@@ -108,7 +109,7 @@ def test_lowering_the_row_threshold_only_adds_blocks_and_what_it_drops_is_small(
 
 
 @few
-@given(problems(q_compress=1, k_compress=1, head_compress=1))
+@given(problems(q_compress=1, k_compress=1, head_compress=1, top_p_compress=None))
 def test_without_compression_the_scores_are_the_true_block_masses(case):
     q, k, _, config, keywords = case
     problem = make_problem(q, k, config, keywords)
@@ -135,7 +136,8 @@ def test_masks_do_not_depend_on_the_chunking(case, blocks_per_chunk):
     for start in range(0, q.shape[1], step):
         stop = min(q.shape[1], start + step)
         seen = offset + stop if stop < q.shape[1] or keywords["q_offset"] is not None else k.shape[1]
-        seen = min(k.shape[1], -(-seen // config.k_compress) * config.k_compress)  # the composite key that holds the last position
+        width = config.top_p_compress or config.k_compress
+        seen = min(k.shape[1], -(-seen // width) * width)  # the composite key that holds the last position
         part, part_trace = unisparse_attention(
             q[:, start:stop], k[:, :seen], v[:, :seen], config, q_offset=offset + start, return_trace=True
         )
@@ -143,9 +145,42 @@ def test_masks_do_not_depend_on_the_chunking(case, blocks_per_chunk):
         blocks = part_trace.mask.shape[-1]
         np.testing.assert_array_equal(part_trace.mask, trace.mask[:, first:last, :blocks])
         np.testing.assert_array_equal(part_trace.mean, trace.mean[:, first:last, :blocks])
+        if trace.peak is not None:
+            np.testing.assert_array_equal(part_trace.peak, trace.peak[:, first:last, :blocks])
         complete = seen // config.block_size
         np.testing.assert_array_equal(part_trace.anchors[:, :complete], trace.anchors[:, :complete])
         np.testing.assert_allclose(part, whole[:, start:stop], rtol=0, atol=TOLERANCES["float32"].output)
+
+
+@few
+@given(problems(rules="both"))
+def test_each_rule_reads_composite_tokens_of_its_own_size(case):
+    """Top-P with top_p_compress decides as Top-P alone over means of so many tokens; the row threshold as without it."""
+    q, k, _, config, keywords = case
+    if config.top_p_compress is None:
+        return
+    problem = make_problem(q, k, config, keywords)
+    composites = reference.compress(q, k, problem)
+    for found, expected in zip(
+        reference.coarse_composites(*composites, problem), reference.compress(q, k, problem.of_top_p()), strict=True
+    ):
+        close(found, expected)
+    mean, peak = reference.score_blocks(*composites, problem)
+    close(mean, scores_of(q, k, problem.of_top_p())[0])
+    np.testing.assert_array_equal(peak, scores_of(q, k, replace(problem, config=replace(config, top_p_compress=None)))[1])
+    by_rule = [reference.select_blocks(mean, peak, rule) for rule in (problem.of_top_p(), problem.of_row_threshold())]
+    np.testing.assert_array_equal(reference.select_blocks(mean, peak, problem), by_rule[0] | by_rule[1])
+
+
+@few
+@given(problems(rules="both"))
+def test_coarse_composites_of_the_same_size_change_nothing(case):
+    q, k, _, config, keywords = case
+    width = max(config.q_compress, config.k_compress)
+    problem = make_problem(q, k, replace(config, q_compress=width, k_compress=width, top_p_compress=None), keywords)
+    both = [scores_of(q, k, replace(problem, config=replace(problem.config, top_p_compress=c))) for c in (None, width)]
+    for plain, coarse in zip(*both, strict=True):
+        close(coarse, plain)
 
 
 @few

@@ -19,7 +19,7 @@ from ...problem import Problem
 from . import availability, layers
 from .anchors import find_anchors
 from .attend import dense_attention, sparse_attention
-from .compress import compress
+from .compress import coarse_composites, compress
 from .device import as_numpy, from_any, to_kind_of
 from .key_summary import RunningKeySummary
 from .run import check_finite, run_dense, run_sparse
@@ -27,9 +27,9 @@ from .scores import score_blocks
 from .select import select_blocks
 
 __all__ = [
-    "RunningKeySummary", "as_composites", "as_numpy", "availability", "check_finite", "compress", "dense_attention", "find_anchors",
-    "from_any", "layers", "name", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention", "take_device",
-    "to_kind_of", "xp",
+    "RunningKeySummary", "as_composites", "as_numpy", "availability", "check_finite", "coarse_composites", "compress", "dense_attention",
+    "find_anchors", "from_any", "layers", "name", "run_dense", "run_sparse", "score_blocks", "select_blocks", "sparse_attention",
+    "take_device", "to_kind_of", "xp",
 ]  # fmt: skip
 
 name = "numba"

@@ -31,6 +31,24 @@ def compress_keys(k: Any, problem: Problem) -> DeviceArray:
     return average(computing(k), problem.num_composite_kv_heads, problem.num_k_composites, problem.config.k_compress)
 
 
+def coarse_composites(qc: Any, kc: Any, problem: Problem) -> tuple[Any, Any]:
+    """Step 1, for a Top-P that reads composite tokens of its own: average composites into coarse ones of top_p_compress tokens.
+
+    qc [Hc, Tq, d], kc [Hkc, Tk, d] -> [Hc, ceil(Lq / c_p), d], [Hkc, ceil(Lk / c_p), d], as problem.of_top_p() has them.
+    """
+    config, coarse = problem.config, problem.of_top_p()
+    coarse_qc = average_composites(computing(qc), coarse.num_q_composites, problem.q_len, config.q_compress, coarse.config.q_compress)
+    coarse_kc = average_composites(computing(kc), coarse.num_k_composites, problem.k_len, config.k_compress, coarse.config.k_compress)
+    return hand_back(coarse_qc, qc), hand_back(coarse_kc, kc)
+
+
+def average_composites(x: DeviceArray, coarse: int, length: int, width: int, coarse_width: int) -> DeviceArray:
+    """Means of `width` of `length` tokens, x [H, T, d] -> [H, coarse, d], means of coarse_width tokens."""
+    means = empty((x.shape[0], coarse, x.shape[2]), x.dtype)
+    launch_over(means.data.size, mean_of_composites, x.data, means.data, length, width, coarse_width // width)
+    return means
+
+
 def average(x: DeviceArray, composite_heads: int, composites: int, width: int) -> DeviceArray:
     """x [H, L, d] -> [composite_heads, composites, d], each the mean of `width` tokens of H / composite_heads heads."""
     means = empty((composite_heads, composites, x.shape[2]), x.dtype)
@@ -65,3 +83,22 @@ def mean_of_neighbours(x, means, width, heads):
         for h in range(g * heads + 1, (g + 1) * heads):
             total += mean_of_tokens(x, h, first, last, dim)
         means[g, t, dim] = total / np.float32(heads)
+
+
+@cuda.jit
+def mean_of_composites(x, means, length, width, per_mean):
+    """means[h, t, dim] = sum over composites u of t (tokens of u) x[h, u, dim] / (tokens of t)
+
+    x [H, ceil(length / width), d] -> means [H, ceil(length / (width * per_mean)), d]. Each composite weighs as many tokens
+    as it holds, so that the last mean is over the tokens that exist here too.
+    """
+    dims = means.shape[2]
+    for item in range(cuda.grid(1), means.size, cuda.gridsize(1)):
+        dim = item % dims
+        t = item // dims % means.shape[1]
+        h = item // (dims * means.shape[1])
+        first = t * per_mean
+        total = x[h, first, dim] * np.float32(min(width, length - first * width))
+        for u in range(first + 1, min(first + per_mean, x.shape[1])):
+            total += x[h, u, dim] * np.float32(min(width, length - u * width))
+        means[h, t, dim] = total / np.float32(min(per_mean * width, length - first * width))

@@ -66,10 +66,8 @@ def check_finite(q: Any, k: Any, v: Any, problem: Problem) -> None:
     Under causality selection reads keys up to the end of the composite key that holds the last query's position, and
     attention reads values up to that position; what lies behind may hold anything.
     """
-    composites = problem.visible_composites(problem.num_q_composites - 1)
-    keys_read = min(problem.k_len, composites * problem.config.k_compress)
     values_read = problem.visible_keys(problem.num_q_blocks - 1)
-    for label, x, length in (("q", q, problem.q_len), ("k", k, keys_read), ("v", v, values_read)):
+    for label, x, length in (("q", q, problem.q_len), ("k", k, problem.keys_read), ("v", v, values_read)):
         values = computing(x)
         nowhere = values.data.size
         first = cuda.to_device(np.array([nowhere], dtype=np.int64))

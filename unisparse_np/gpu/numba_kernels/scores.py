@@ -19,6 +19,7 @@ import numpy as np
 from numba import cuda
 
 from ...problem import Problem
+from .compress import coarse_composites
 from .device import computing, empty, hand_back
 from .shapes import shapes_of
 from .tile import ALIGNMENT, PAD, product_adder, score_tile, slice_loader
@@ -28,8 +29,13 @@ def score_blocks(qc: Any, kc: Any, problem: Problem) -> tuple[Any, Any]:
     """Steps 2-3. qc [Hc, Tq, d], kc [Hkc, Tk, d] -> mean [Hc, Nq, Nk] (B) and peak [Hc, Nq, Nk] (R).
 
     peak is None when the row threshold is off. Blocks that are not visible hold 0. A query block is computed in the same
-    way wherever its chunk begins, so chunking changes no bit.
+    way wherever its chunk begins, so chunking changes no bit. With top_p_compress the mean comes from coarse composites and
+    the peak from qc, kc: two launches.
     """
+    if problem.config.top_p_compress is not None:
+        mean, _ = score_blocks(*coarse_composites(qc, kc, problem), problem.of_top_p())
+        _, peak = score_blocks(qc, kc, problem.of_row_threshold())
+        return mean, peak
     queries, keys = computing(qc), computing(kc)
     shape = (problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks)
     mean, peak = empty(shape, queries.dtype), empty(shape, queries.dtype)
