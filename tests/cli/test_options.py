@@ -55,6 +55,14 @@ def test_off_is_none(tmp_path: Path) -> None:
     )
 
 
+def test_composite_tokens_for_top_p_can_be_turned_off(tmp_path: Path) -> None:
+    (tmp_path / "unisparse.json").write_text(json.dumps({"row_threshold": 0.02, "q_compress": 4, "top_p_compress": 16}))
+    assert config_of(tmp_path) == UniSparseConfig(q_compress=4, row_threshold=0.02, top_p_compress=16)
+    assert config_of(tmp_path, "--top-p-compress", "Off") == UniSparseConfig(q_compress=4, row_threshold=0.02)
+    with pytest.raises(InvalidInput, match="attention flags: top_p_compress=16 with row_threshold=None"):
+        config_of(tmp_path, "--row-threshold", "off")
+
+
 def test_compress_sets_both_and_the_finer_flag_wins(tmp_path: Path) -> None:
     assert config_of(tmp_path, "--compress", "4") == UniSparseConfig(q_compress=4, k_compress=4)
     assert config_of(tmp_path, "--compress", "4", "--k-compress", "2") == UniSparseConfig(q_compress=4, k_compress=2)
@@ -68,9 +76,9 @@ def test_zero_is_a_value_and_not_unset(tmp_path: Path) -> None:
 def test_every_field_of_the_config_has_a_flag(tmp_path: Path) -> None:
     given = (
         "--block-size 256 --q-compress 4 --k-compress 16 --head-compress 2 --attn-top-p 0.5 --row-threshold 0.1 --key-anchors 3 "
-        "--sink-blocks 2 --local-blocks 4"
+        "--sink-blocks 2 --local-blocks 4 --top-p-compress 32"
     )
-    assert config_of(tmp_path, *given.split()) == UniSparseConfig(256, 4, 16, 2, 0.5, 0.1, 3, 2, 4)
+    assert config_of(tmp_path, *given.split()) == UniSparseConfig(256, 4, 16, 2, 0.5, 0.1, 3, 2, 4, 32)
 
 
 def test_dense_and_decode_attention() -> None:

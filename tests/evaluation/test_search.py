@@ -145,6 +145,8 @@ def test_kinds_become_configs() -> None:
 
 def test_the_cost_model_is_that_of_the_algorithm_page() -> None:
     assert selection_share(UniSparseConfig()) == 1 / 128 and selection_share(UniSparseConfig.precise()) == 1 / 16
+    both = UniSparseConfig(q_compress=4, k_compress=2, row_threshold=0.02, top_p_compress=8, head_compress=2)
+    assert selection_share(both) == (1 / 8 + 1 / 64) / 4
     assert modelled_cost("dense", [1.0, 1.0]) == 1.0
     assert modelled_cost(UniSparseConfig(), [0.2, 0.4]) == pytest.approx(0.3 + 1 / 128)
     assert modelled_cost(["dense", UniSparseConfig.precise()], [1.0, 0.5]) == pytest.approx((1 + 0.5 + 1 / 16) / 2)

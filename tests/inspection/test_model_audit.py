@@ -110,6 +110,9 @@ def test_remedies_leave_out_what_is_on_already() -> None:
     assert flags == {"--attn-top-p 0.99", "--q-compress 4 --k-compress 4", "--block-size 64", "--row-threshold 0.02"}
     per_head = UniSparseConfig(top_p=(0.9, 1.0), row_threshold=(0.1, 0.2), q_compress=1, k_compress=1, block_size=32)
     changed = [remedy.change(per_head) for remedy in remedies_for(per_head)]
+    coarse = UniSparseConfig(block_size=128, q_compress=4, k_compress=2, row_threshold=0.02, top_p_compress=128)
+    flags = {remedy.flags(coarse) for remedy in remedies_for(coarse)}
+    assert "--q-compress 2 --k-compress 1" in flags and "--block-size 64" not in flags  # 128 does not divide 64
     assert [config.top_p for config in changed] == [(0.98, 1.0), (0.9, 1.0)] and changed[1].row_threshold == (0.05, 0.1)
 
 

@@ -80,6 +80,11 @@ def test_a_config_in_one_line() -> None:
     )
 
 
+def test_composite_tokens_for_top_p_are_in_the_line() -> None:
+    config = replace(CONFIG, row_threshold=0.02, q_compress=2, top_p_compress=8)
+    assert flags_of(config) == "Top-P 0.8, row threshold 0.02; blocks of 32, compress 2 x 4 (8 for Top-P); sink 1, local 1, anchors 2"
+
+
 def test_a_page_too_large_for_a_browser_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     captured = capture(model_and_tokenizer()[0], token_ids()[:64], CONFIG, layers=[1])
     monkeypatch.setattr(page_module, "MOST_BYTES", 10)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unisparse_np import InvalidInput, UniSparseConfig, unisparse_attention
+from unisparse_np.evaluation.cost import selection_share
 from unisparse_np.inspection.costs import at_length, step_costs
 from unisparse_np.inspection.reasons import Reason, reason_text, reasons_of
 from unisparse_np.inspection.snippets import one_line
@@ -21,6 +22,7 @@ VARIANTS = [
     replace(CONFIG, head_compress=2, top_p=None, row_threshold=0.3),
     replace(CONFIG, top_p=(0.7, 0.8) * 4, row_threshold=0.4),
     replace(CONFIG, q_compress=8, key_anchors=0, sink_blocks=0, local_blocks=0),
+    replace(CONFIG, q_compress=2, row_threshold=0.4, top_p_compress=16),
 ]
 
 
@@ -39,7 +41,7 @@ def whole_run(config: UniSparseConfig) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=["default", "row rule, two heads", "both rules", "paper"])
+@pytest.mark.parametrize("config", VARIANTS, ids=["default", "row rule, two heads", "both rules", "paper", "coarse composites for Top-P"])
 @pytest.mark.parametrize("block", [BLOCK, -1])
 def test_numbers_are_those_of_the_whole_run(config: UniSparseConfig, block: int) -> None:
     run = whole_run(config)
@@ -50,6 +52,11 @@ def test_numbers_are_those_of_the_whole_run(config: UniSparseConfig, block: int)
     np.testing.assert_allclose(found.sparse, run["out"][HEAD, rows], atol=1e-4)
     np.testing.assert_allclose(found.dense, run["dense"][HEAD, rows], atol=1e-4)
     assert found.running[-1] == pytest.approx(1, abs=1e-5) and found.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    if found.peaks is not None:
+        np.testing.assert_allclose(found.peaks, run["trace"].peak[HEAD // config.head_compress, found.block, :visible], atol=1e-5)
+    if config.top_p_compress is not None:
+        per_block = np.add.reduceat(found.coarse_attention.mean(axis=0), range(0, found.coarse_attention.shape[1], 2))
+        np.testing.assert_allclose(found.scores, per_block, atol=1e-6)
     assert found.true_mass.sum() == pytest.approx(1, abs=1e-5)
     assert found.density == pytest.approx(run["trace"].density)
     if config.top_p is not None:
@@ -73,6 +80,15 @@ def test_text_has_every_step_and_its_numbers(walked: Walkthrough) -> None:
     assert "Top-P stops" in text and f"kept in all: {walked.kept.sum()} of {len(walked.scores)} blocks" in text
 
 
+def test_text_names_the_composite_tokens_of_top_p() -> None:
+    config = replace(CONFIG, q_compress=2, row_threshold=0.4, top_p_compress=16)
+    model, tokenizer = model_and_tokenizer()
+    found = walk(model, token_ids(), config, layer=LAYER, head=HEAD, block=BLOCK)
+    text = walkthrough_text(found, token_ids(), tokenizer)
+    assert "into 2 queries and 8 keys of 16 tokens" in text and "A' [2, 8]: the same over the composite tokens of Top-P" in text
+    assert "from A' [2, 8]: 2 rows, 2 columns a block" in text and "R [4]: the same from A [16, 32]" in text
+
+
 def test_json_is_the_same(walked: Walkthrough) -> None:
     values = walked.as_dict()
     assert [block["kept_by"] != "dropped" for block in values["key_blocks"]] == list(walked.kept)
@@ -87,6 +103,11 @@ def test_costs_are_those_that_the_algorithm_states() -> None:
     assert costs["dense"].flop == pytest.approx(140.7e12, rel=0.001)
     assert costs["6 attend"].flop == pytest.approx(0.25 * costs["dense"].flop)
     assert costs["1 compress"].bytes == 40 * 131072 * 128 * 2 + 40 * 16384 * 128 * 4
+    both = UniSparseConfig(block_size=64, q_compress=4, k_compress=2, row_threshold=0.02, top_p_compress=8)
+    costs = {cost.step: cost for cost in step_costs(replace(layer, config=both), 0.25, 2)}
+    assert costs["2-3 score"].flop == pytest.approx(140.7e12 * selection_share(both), rel=0.01)
+    assert costs["2-3 score"].shape.startswith("A 32768 x 65536 and 16384 x 16384 a head")
+    assert "q~ [32, 32768 and 16384, 128], k~ [8, 65536 and 16384, 128]" in costs["1 compress"].shape
     no_future = Problem(2, 2, 64, 128, 16, UniSparseConfig(block_size=32), causal=False)
     assert step_costs(no_future, 1.0, 4)[-1].flop == 2 * 64 * 128 * 4 * 16
 

@@ -11,11 +11,12 @@ import click
 from ..config import PRESETS
 from ..config_file import CONFIG_FIELDS, CONFIG_FILE
 from ..errors import InvalidInput
-from .options import Attention, ShareOrOff, Size, config_from_flags
+from .options import Attention, ShareOrOff, Size, SizeOrOff, config_from_flags
 
 TUNED = "tuned"
 _TYPES: dict[str, click.ParamType] = {
     "top_p": ShareOrOff(), "row_threshold": ShareOrOff(), "key_anchors": click.INT, "sink_blocks": click.INT, "local_blocks": click.INT,
+    "top_p_compress": SizeOrOff(),
 }  # fmt: skip
 
 

@@ -54,6 +54,17 @@ class ShareOrOff(click.ParamType):
             self.fail(f"{value!r} is neither a number nor `{OFF}`", param, ctx)
 
 
+class SizeOrOff(Size):
+    """A count of tokens, or `off`."""
+
+    name = "size|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.lower() == OFF:
+            return OFF
+        return super().convert(value, param, ctx)
+
+
 class SectionedCommand(click.Command):
     """A command whose help lists its options under headings, in the order they were declared."""
 
@@ -109,6 +120,8 @@ _KNOBS = (
     flag("--compress", type=Size(), help="Tokens averaged into one to score blocks; sets both of the next two. Default: 8."),
     flag("--q-compress", type=Size(), help="The same for queries alone."),
     flag("--k-compress", type=Size(), help="The same for keys alone."),
+    flag("--top-p-compress", type=SizeOrOff(),
+         help="Tokens averaged into one for --attn-top-p alone, beside --row-threshold, which keeps those above. Default: off."),
     flag("--head-compress", type=Size(), help="Neighbouring query heads averaged into one to score blocks. Default: 1 (off)."),
     flag("--key-anchors", type=int, help="Keys that stay visible in every dropped block, 0 to 8. Default: 1."),
     flag("--sink-blocks", type=int, help="Blocks at the start of the text that are always kept. Default: 1."),

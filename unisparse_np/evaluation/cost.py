@@ -9,8 +9,14 @@ from ..model.llama import Attention
 
 
 def selection_share(config: UniSparseConfig) -> float:
-    """Products of the compressed attention over those of dense attention: L^2 Hq d / (c_q c_k c_h) over 2 L^2 Hq d."""
-    return 1.0 / (2 * config.q_compress * config.k_compress * config.head_compress)
+    """Products of the compressed attention over those of dense attention: L^2 Hq d / (c_q c_k c_h) over 2 L^2 Hq d.
+
+    With top_p_compress there are two compressed attentions, one a rule.
+    """
+    products = 1.0 / (config.q_compress * config.k_compress)
+    if config.top_p_compress is not None:
+        products += 1.0 / config.top_p_compress**2
+    return products / (2 * config.head_compress)
 
 
 def modelled_cost(attention: Attention, densities: Sequence[float]) -> float:

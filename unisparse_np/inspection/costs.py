@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..problem import Problem
@@ -39,8 +40,10 @@ def step_costs(problem: Problem, density: float, value_bytes: int) -> list[StepC
     """
     p, d = problem, problem.head_dim
     tokens = (p.num_q_heads * p.q_len + p.num_kv_heads * p.k_len) * d  # numbers of q and k
-    composites = (p.num_composite_heads * p.num_q_composites + p.num_composite_kv_heads * p.num_k_composites) * d
-    pairs = p.num_composite_heads * sum(p.visible_composites(t) for t in range(p.num_q_composites))
+    scored = [p] if p.config.top_p_compress is None else [p.of_row_threshold(), p.of_top_p()]  # the compressed attentions
+    made = [(s.num_composite_heads * s.num_q_composites + s.num_composite_kv_heads * s.num_k_composites) * d for s in scored]
+    composites = sum(made)
+    pairs = p.num_composite_heads * sum(s.visible_composites(t) for s in scored for t in range(s.num_q_composites))
     blocks = p.num_composite_heads * sum(p.visible_blocks(i) for i in range(p.num_q_blocks))
     seen = p.num_q_heads * sum(p.visible_keys(i) for i in range(p.num_q_blocks))  # keys read, once a query block
     products = p.num_q_heads * (p.q_len * p.k_len - p.q_len * (p.q_len - 1) / 2 if p.causal else p.q_len * p.k_len)
@@ -49,15 +52,17 @@ def step_costs(problem: Problem, density: float, value_bytes: int) -> list[StepC
     return [
         StepCost(
             "1 compress",
-            f"q~ [{p.num_composite_heads}, {p.num_q_composites}, {d}], k~ [{p.num_composite_kv_heads}, {p.num_k_composites}, {d}]",
-            tokens,
+            f"q~ [{p.num_composite_heads}, {_and(s.num_q_composites for s in scored)}, {d}], "
+            f"k~ [{p.num_composite_kv_heads}, {_and(s.num_k_composites for s in scored)}, {d}]",
+            tokens + sum(made[:-1]),  # coarse composites are means of the others
             tokens * value_bytes + composites * SCORE_BYTES,
         ),
         StepCost(
             "2-3 score",
-            f"A {p.num_q_composites} x {p.num_k_composites} a head -> B [{p.num_composite_heads}, {p.num_q_blocks}, {p.num_k_blocks}]",
+            f"A {_and(f'{s.num_q_composites} x {s.num_k_composites}' for s in scored)} a head -> "
+            f"B [{p.num_composite_heads}, {p.num_q_blocks}, {p.num_k_blocks}]",
             pairs * 2 * d,
-            (composites + blocks) * SCORE_BYTES,
+            (composites + len(scored) * blocks) * SCORE_BYTES,
         ),
         StepCost(
             "4-5 select",
@@ -73,3 +78,8 @@ def step_costs(problem: Problem, density: float, value_bytes: int) -> list[StepC
         ),
         StepCost("dense", f"out [{p.num_q_heads}, {p.q_len}, {d}]", products * 4 * d, in_and_out + seen * 2 * d * value_bytes),
     ]
+
+
+def _and(values: Iterable[object]) -> str:
+    """1024 and 256"""
+    return " and ".join(map(str, values))

@@ -54,7 +54,8 @@ def _finer_tokens(config: UniSparseConfig) -> UniSparseConfig:
 
 def _finer_blocks(config: UniSparseConfig) -> UniSparseConfig:
     half = config.block_size // 2
-    fits = config.block_size % 2 == 0 and half >= SMALLEST_BLOCK and half % config.q_compress == 0 and half % config.k_compress == 0
+    widths = (config.q_compress, config.k_compress, config.top_p_compress or 1)
+    fits = config.block_size % 2 == 0 and half >= SMALLEST_BLOCK and all(half % width == 0 for width in widths)
     return replace(config, block_size=half) if fits else config
 
 

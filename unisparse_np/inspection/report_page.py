@@ -72,6 +72,8 @@ def flags_of(config: UniSparseConfig) -> str:
     if config.row_threshold is not None:
         rules.append(f"row threshold {_short(config.row_threshold)}")
     compress = f"{config.q_compress}" if config.q_compress == config.k_compress else f"{config.q_compress} x {config.k_compress}"
+    if config.top_p_compress is not None:
+        compress += f" ({config.top_p_compress} for Top-P)"
     heads = f", {config.head_compress} heads pooled" if config.head_compress > 1 else ""
     return (
         f"{', '.join(rules)}; blocks of {config.block_size}, compress {compress}{heads}; "

@@ -38,6 +38,8 @@ class Walkthrough:
         first, last: positions of the block's queries.
         q [rows, d], k [keys, d], qc [composites, d], kc [c, d]: tokens and composite tokens (step 1).
         attention [composites, c]: compressed attention (step 2); hidden composites hold 0.
+        coarse_attention [coarse composites, coarse c]: the same over the coarse composite tokens that Top-P reads; None where it
+            reads those above.
         scores [N]: B of the block (step 3); peaks [N]: R, or None when the row rule is off.
         order [N]: key blocks by score, the highest first; running [N]: the sum of scores along it.
         reasons [N]: why each block is kept, Reason.NONE where it is dropped (steps 4 and 5).
@@ -62,6 +64,7 @@ class Walkthrough:
     qc: np.ndarray
     kc: np.ndarray
     attention: np.ndarray
+    coarse_attention: np.ndarray | None
     scores: np.ndarray
     peaks: np.ndarray | None
     order: np.ndarray
@@ -183,6 +186,10 @@ def _walk(
 
     qc, kc = reference.compress(q, k, problem)  # [Hc, composites, d], [Hkc, c, d]
     attention = compressed_attention(qc, kc, 0, problem)[composite_head]  # [composites, c]
+    coarse_attention = None
+    if config.top_p_compress is not None:
+        coarse = reference.coarse_composites(qc, kc, problem)
+        coarse_attention = compressed_attention(*coarse, 0, problem.of_top_p())[composite_head]  # [coarse composites, coarse c]
     mean, peak = reference.score_blocks(qc, kc, problem)  # [Hc, 1, N]
     mask = reference.select_blocks(mean, peak, problem)  # [Hq, 1, N]
     scores = mean[composite_head, 0]  # [N]
@@ -211,6 +218,7 @@ def _walk(
         qc=qc[composite_head],
         kc=kc[composite_head // problem.heads_per_composite_kv_head],
         attention=attention,
+        coarse_attention=coarse_attention,
         scores=scores,
         peaks=None if peak is None else peak[composite_head, 0],
         order=order,

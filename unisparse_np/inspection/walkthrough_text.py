@@ -50,6 +50,12 @@ def _compress(walk: Walkthrough, token_ids: Sequence[int], tokenizer: Tokenizer)
         f"    length       {' '.join(f'{x:.1f}' for x in norms)}  -> composite {np.linalg.norm(walk.q[:width].mean(axis=0)):.1f} "
         "(shorter where the tokens disagree)",
     ]
+    if walk.coarse_attention is not None:
+        rows, columns = walk.coarse_attention.shape
+        lines.append(
+            f"  for Top-P, composite tokens are averaged once more, into {rows} queries and {columns} keys of {walk.config.top_p_compress} "
+            "tokens: it asks where the block looks as a whole"
+        )
     if walk.config.head_compress > 1:
         lines.append(f"  then {walk.config.head_compress} neighbouring heads are averaged too, and share one selection")
     return "\n".join(lines)
@@ -66,18 +72,23 @@ def _score(walk: Walkthrough, token_ids: Sequence[int], tokenizer: Tokenizer) ->
     for u in np.argsort(-last, kind="stable")[:4]:
         stop = min((u + 1) * c_k, walk.last + 1)
         lines.append(f"    {last[u]:6.1%}  tokens {u * c_k} to {stop - 1}  {one_line(tokenizer, token_ids[u * c_k : stop], 70)}")
+    if walk.coarse_attention is not None:
+        lines.append(f"  A' {_shape(walk.coarse_attention)}: the same over the composite tokens of Top-P")
     return "\n".join(lines)
 
 
 def _aggregate(walk: Walkthrough, token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    rows = len(walk.attention)
+    name, attention, width = "A", walk.attention, walk.config.k_compress
+    if walk.coarse_attention is not None:
+        name, attention, width = "A'", walk.coarse_attention, walk.config.top_p_compress
     lines = [
         "Step 3, aggregate: B[j] = what key block j gets, summed over its composite keys, mean over the composite queries",
-        f"  B {_shape(walk.scores)}, sum {walk.scores.sum():.4f}, from A {_shape(walk.attention)}: {rows} rows, "
-        f"{walk.config.block_size // walk.config.k_compress} columns a block",
+        f"  B {_shape(walk.scores)}, sum {walk.scores.sum():.4f}, from {name} {_shape(attention)}: {len(attention)} rows, "
+        f"{walk.config.block_size // width} columns a block",
     ]
     if walk.peaks is not None:
-        lines.append(f"  R {_shape(walk.peaks)}: the same, but the greatest of the composite queries instead of their mean")
+        source = "the same" if walk.coarse_attention is None else f"the same from A {_shape(walk.attention)}"
+        lines.append(f"  R {_shape(walk.peaks)}: {source}, but the greatest of the composite queries instead of their mean")
     return "\n".join(lines)
 
 
