@@ -78,13 +78,13 @@ def _score(walk: Walkthrough, token_ids: Sequence[int], tokenizer: Tokenizer) ->
 
 
 def _aggregate(walk: Walkthrough, token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    name, attention, width = "A", walk.attention, walk.config.k_compress
+    name, attention, config = "A", walk.attention, walk.config
     if walk.coarse_attention is not None:
-        name, attention, width = "A'", walk.coarse_attention, walk.config.top_p_compress
+        name, attention, config = "A'", walk.coarse_attention, walk.problem.of_top_p().config
     lines = [
         "Step 3, aggregate: B[j] = what key block j gets, summed over its composite keys, mean over the composite queries",
         f"  B {_shape(walk.scores)}, sum {walk.scores.sum():.4f}, from {name} {_shape(attention)}: {len(attention)} rows, "
-        f"{walk.config.block_size // width} columns a block",
+        f"{config.block_size // config.k_compress} columns a block",
     ]
     if walk.peaks is not None:
         source = "the same" if walk.coarse_attention is None else f"the same from A {_shape(walk.attention)}"
