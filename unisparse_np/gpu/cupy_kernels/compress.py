@@ -86,6 +86,24 @@ def composite_sizes(plan: Plan) -> dict[str, int]:
     return {"qc": bytes_of(plan.qc_shape, np.float16), "kc": bytes_of(plan.kc_shape, np.float16)}
 
 
+def coarse_sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of Top-P's own composites in float16, and 0 where both rules read the same."""
+    if plan.problem.config.top_p_compress is None:
+        return {"coarse_qc": 0, "coarse_kc": 0}
+    coarse = plan.rules[0]
+    return {"coarse_qc": bytes_of(coarse.qc_shape, np.float16), "coarse_kc": bytes_of(coarse.kc_shape, np.float16)}
+
+
+def coarsening(qc: int, kc: Rows, coarse_qc: int, coarse_kc: int, plan: Plan) -> Launch:
+    """Step 1 for a Top-P with composites of its own, from those of q (contiguous, at the address qc) and k; all in float16."""
+    coarse = plan.rules[0]
+    launcher = plan.launcher("compress.cu", "coarsen", GATHER_THREADS)
+    heads = coarse.qc_shape[0] + coarse.kc_shape[0]
+    columns = ceil_div(max(coarse.qc_shape[1], coarse.kc_shape[1]) * plan.problem.head_dim // 8, GATHER_THREADS)
+    width = plan.problem.config.top_p_compress
+    return Launch(launcher, columns, heads, (qc, kc.address, kc.head_stride, plan.packed_shape(), width, coarse_qc, coarse_kc))
+
+
 def to_half(composites: Any, plan: Plan) -> Any:
     """float32 composites as float16 (saturating at 65504), for the tensor cores; float16 ones as they are."""
     if composites.dtype == np.float16:

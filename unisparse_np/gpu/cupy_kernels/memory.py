@@ -11,7 +11,7 @@ import numpy as np
 from ...config import UniSparseConfig
 from ...problem import Problem, ceil_div
 from .device import kernel, num_multiprocessors
-from .scores import WORKSPACE_BYTES
+from .scores import MOST_KEYS_PER_SUM, WORKSPACE_BYTES
 from .shapes import composite_dtype
 
 FINITE_THREADS = 512  # of finite.cu
@@ -61,14 +61,32 @@ def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
     if not sparse:
         return bytes_needed
     config: UniSparseConfig = problem.config
-    composites = 4 * problem.num_composite_heads * problem.num_q_composites * problem.head_dim
+    composites = _composite_bytes(problem, queries_alone=True)
+    rules = [problem]
+    if config.top_p_compress is not None:
+        rules = [problem.of_top_p(), problem.of_row_threshold()]
+        composites += _composite_bytes(rules[0], queries_alone=False)
     blocks = problem.num_composite_heads * problem.num_q_blocks * (problem.num_k_blocks + 32)
     scores = blocks * (5 if config.row_threshold is None else 9)  # mean, mask bits, peak
-    sums_per_tile = 4 + 2 * 128 // min(16, max(4, config.block_size // config.k_compress))  # a composite query and 128 composite keys
-    sums_per_head = (problem.num_q_composites + 16) * ceil_div(problem.num_k_composites, 128) * sums_per_tile
-    sums = sums_per_head * min(problem.num_composite_heads, max(1, WORKSPACE_BYTES // sums_per_head))
+    sums = max(map(_sum_bytes, rules))
     anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks + 128) * config.key_anchors * problem.head_dim * itemsize
     return bytes_needed + composites + scores + sums + anchors
+
+
+def _composite_bytes(problem: Problem, queries_alone: bool) -> int:
+    """Composites as float32 at most."""
+    keys = 0 if queries_alone else problem.num_composite_kv_heads * problem.num_k_composites
+    return 4 * problem.head_dim * (problem.num_composite_heads * problem.num_q_composites + keys)
+
+
+def _sum_bytes(problem: Problem) -> int:
+    """What scores_sm90.cu keeps of the scores until they are merged: sums of a few keys and maxima, of a slice of heads."""
+    config = problem.config
+    per_tile = 4 + 2 * 128 // min(
+        MOST_KEYS_PER_SUM, max(4, config.block_size // config.k_compress)
+    )  # a composite query and 128 composite keys
+    per_head = (problem.num_q_composites + 16) * ceil_div(problem.num_k_composites, 128) * per_tile
+    return per_head * min(problem.num_composite_heads, max(1, WORKSPACE_BYTES // per_head))
 
 
 def summary_bytes(problem: Problem, itemsize: int) -> int:

@@ -37,8 +37,13 @@ def pool(q: Any, k: Any, problem: Problem, *, with_keys: bool, with_anchors: boo
 
 def score_units(qc: Any, kc: Any, plan: Plan) -> tuple[Any, Any]:
     """Steps 2-3. qc [Hc, Tq, d], kc [Hkc, Tk, d] -> mean in units [Hc, Nq, Nk] uint32 and peak float32, or None without the row rule."""
-    problem = plan.problem
+    problem, config = plan.problem, plan.problem.config
     qc, kc = (cupy.ascontiguousarray(x, dtype=np.float32) for x in (qc, kc))
+    if config.top_p_compress is not None:
+        of_top_p, of_row_threshold = plan.rules
+        coarse_qc = _coarsen(qc, problem.q_len, config.q_compress, config.top_p_compress)
+        coarse_kc = _coarsen(kc, problem.k_len, config.k_compress, config.top_p_compress)
+        return score_units(coarse_qc, coarse_kc, of_top_p)[0], score_units(qc, kc, of_row_threshold)[1]
     units = cupy.empty((problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks), np.uint32)
     peak = None if problem.config.row_threshold is None else cupy.empty(units.shape, np.float32)
     rows = _tile_rows(plan.queries_per_block, most=2 * SIDE)
@@ -102,6 +107,16 @@ def _pool(x: Any, width: int, members: int) -> Any:
     grid = ceil_div(composites, POOL_WARPS), heads // members
     function(grid, (32 * POOL_WARPS,), (x, *element_strides(x), *numbers, pooled))
     return pooled
+
+
+def _coarsen(x: Any, length: int, held: int, width: int) -> Any:
+    """Means of `held` of the length tokens, x [H, ceil(length / held), d] -> means of `width` tokens [H, ceil(length / width), d]."""
+    heads, composites, dim = x.shape
+    coarse = cupy.empty((heads, ceil_div(length, width), dim), np.float32)
+    function = kernel("plain_compress.cu", "coarsen_plain", 0, HEAD_DIM=dim, **_type_of(x))
+    numbers = (np.int32(n) for n in (length, held, width, composites, coarse.shape[1]))
+    function((ceil_div(coarse.shape[1], POOL_WARPS), heads), (32 * POOL_WARPS,), (x, *numbers, coarse))
+    return coarse
 
 
 def _find_anchors(k: Any, block_size: int, key_anchors: int) -> Any:

@@ -41,7 +41,7 @@ class Plan:
         self._results: dict[Callable[[Plan], Any], Any] = {}
         self._shapes: dict[tuple[int, int], np.ndarray] = {}
         self._packed: dict[tuple[int, bool], bytes] = {}
-        self._launchers: dict[tuple[str, bool], Launcher] = {}
+        self._launchers: dict[tuple[str, bool, int], Launcher] = {}
 
     def once(self, function: Callable[[Plan], Result]) -> Result:
         """function(plan), worked out at the first call only."""
@@ -70,7 +70,7 @@ class Plan:
 
     def launcher(self, file: str, name: str, threads: int, shared_bytes: int = 0, is_float16: bool = True) -> Launcher:
         """A compiled kernel, to be launched with little host time; bfloat16 unless is_float16."""
-        key = (name, is_float16)
+        key = (name, is_float16, shared_bytes)
         if key not in self._launchers:
             compiled = self._compiled(file, name, shared_bytes, is_float16)
             self._launchers[key] = Launcher(compiled, source(file), name, threads, shared_bytes)
@@ -81,6 +81,13 @@ class Plan:
             file, name, shared_bytes, IS_FLOAT16=int(is_float16), HEAD_DIM=self.problem.head_dim, BLOCK_SIZE=self.problem.config.block_size,
             QUERIES_PER_BLOCK=self.queries_per_block, KEYS_PER_BLOCK=self.keys_per_block,
         )  # fmt: skip
+
+    @cached_property
+    def rules(self) -> tuple[Plan, ...]:
+        """The plans of steps 2-3: this one, or those of Top-P and of the row threshold where each reads composites of its own."""
+        if self.problem.config.top_p_compress is None:
+            return (self,)
+        return Plan(self.problem.of_top_p()), Plan(self.problem.of_row_threshold())
 
     @cached_property
     def visible_blocks(self) -> int:

@@ -26,7 +26,7 @@ from .program import Launch, base
 from .room import INT32, Layout, allocate, new, view
 from .scores import adds_to_scores, as_shares, clear_scores, score_arrays, score_sizes, scoring, scoring_in_one_pass, selects_at_once
 from .select import BlockMask, empty_mask, select_words, selecting, shares, to_bool
-from .shapes import NO_ROWS, Rows, check_dtype, is_float16, rows_of, uses_tensor_cores
+from .shapes import NO_ROWS, Rows, check_dtype, contiguous_rows, is_float16, rows_of, uses_tensor_cores
 
 
 class DeviceTrace(Trace):
@@ -142,12 +142,13 @@ def selection(
     if q.address:
         qc = pieces["qc"]
     if k.address:
-        kc = Rows(None, pieces["kc"], plan.kc_shape[1] * plan.kc_shape[2], plan.kc_shape[2])
+        kc = contiguous_rows(pieces["kc"], plan.kc_shape)
     yield from pooling(q, k, qc, kc.address, anchors, plan, of_float16)
+    with_mean = keep_scores or plan.problem.config.top_p is not None
     if plan.once(selects_at_once):
-        yield from scoring_in_one_pass(qc, kc, pieces, plan, (*shares(plan), words, counts), keep_scores)
+        yield from scoring_in_one_pass(qc, kc, pieces, plan, (*shares(plan), words, counts), keep_scores, with_mean)
     else:
-        yield from scoring(qc, kc, pieces, plan)
+        yield from scoring(qc, kc, pieces, plan, with_mean)
         yield selecting(pieces["units"], pieces["peak"], words, counts, plan)
 
 
@@ -167,7 +168,7 @@ def _select_plain(
 
 
 def selection_layout(plan: Plan) -> Layout:
-    """Memory of steps 1-4: composites in float16, and scores. Those of the keys come last: a key summary brings its own."""
+    """Memory of steps 1-4: composites in float16, and scores. Composite keys come last: a key summary brings its own."""
     sizes = composite_sizes(plan)
     return Layout(qc=sizes["qc"], **score_sizes(plan), kc=sizes["kc"])
 

@@ -131,3 +131,8 @@ def rows_of(x: Any) -> Rows:
         head_bytes, row_bytes, _ = x.strides
         address = x.data.ptr
     return Rows(x, address, head_bytes // 2, row_bytes // 2)
+
+
+def contiguous_rows(address: int, shape: tuple[int, int, int]) -> Rows:
+    """A C-contiguous array of this shape at an address that the caller keeps."""
+    return Rows(None, address, shape[1] * shape[2], shape[2])

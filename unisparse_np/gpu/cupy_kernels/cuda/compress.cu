@@ -4,6 +4,7 @@
 //   1  one thread block a block of tokens, a warp a composite token, 16 bytes a lane a load: each row is read once, whole
 //   2  the squared norms of the keys come from the same registers; the thread block then picks its anchors from shared memory
 //   3  composites leave as float16 for the tensor cores of scores.cu (float32 too where the caller asks)
+//   4  coarsen: a Top-P with composites of its own takes them from those of q_compress and k_compress, a fraction of q's and k's bytes
 //
 // Memory bound: q and k are read once. Sums are float32, in an order that depends on the composite alone, so that a composite
 // is the same to the bit whatever it was cut with.
@@ -48,6 +49,37 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 8) compress(
   for (int m = warp; m < members; m += WARPS)
     pick_anchors(norms + m * BLOCK_SIZE, block * BLOCK_SIZE, min(BLOCK_SIZE, length - block * BLOCK_SIZE), shape.key_anchors,
                  anchors + ((int64_t)(head * members + m) * shape.num_k_blocks + block) * shape.key_anchors);
+}
+
+// Step 1 for a Top-P with composites of its own: means of `width` tokens from the composites of q_compress and k_compress tokens, each
+// weighing as many tokens as it holds. qc [Hc, Tq, d], kc [Hkc, Tk, d] (heads kc_head_stride apart) -> coarse_qc [Hc, ceil(Lq / width), d],
+// coarse_kc [Hkc, ceil(Lk / width), d], all float16. Grid: (enough threads for the longer, 8 elements each; Hc + Hkc).
+extern "C" __global__ void coarsen(
+    const uint16_t* __restrict__ qc, const uint16_t* __restrict__ kc, int64_t kc_head_stride, const Shape shape, int width,
+    int4* __restrict__ coarse_qc, int4* __restrict__ coarse_kc)
+{
+  constexpr int CHUNKS = HEAD_DIM / 8;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, t = i / CHUNKS, chunk = i % CHUNKS;
+  const bool of_keys = blockIdx.y >= shape.num_composite_heads;
+  const int head = of_keys ? blockIdx.y - shape.num_composite_heads : blockIdx.y;
+  const int length = of_keys ? shape.k_len : shape.q_len, held = of_keys ? shape.k_compress : shape.q_compress;  // tokens a composite
+  const int coarse = ceil_div(length, width), stop = min(length, (t + 1) * width);
+  if (t >= coarse) return;
+  const uint16_t* from = of_keys ? kc + head * kc_head_stride : qc + (int64_t)head * shape.num_q_composites * HEAD_DIM;
+  float mean[8] = {};
+#pragma unroll 4
+  for (int start = t * width; start < stop; start += held) {
+    const int4 raw = *(const int4*)(from + (int64_t)(start / held) * HEAD_DIM + chunk * 8);
+    const uint32_t pairs[4] = {(uint32_t)raw.x, (uint32_t)raw.y, (uint32_t)raw.z, (uint32_t)raw.w};
+    const float tokens = min(held, stop - start);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) mean[e] = fmaf(tokens, from_half((uint16_t)(pairs[e / 2] >> 16 * (e & 1))), mean[e]);
+  }
+  const float share = 1.f / (stop - t * width);
+  uint32_t out[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) out[e] = pack_half(mean[2 * e] * share, mean[2 * e + 1] * share);
+  (of_keys ? coarse_kc : coarse_qc)[((int64_t)head * coarse + t) * CHUNKS + chunk] = make_int4(out[0], out[1], out[2], out[3]);
 }
 
 // float32 composites (a cache's, or those of the staged calls) as float16: pairs of elements.

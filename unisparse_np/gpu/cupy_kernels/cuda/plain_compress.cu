@@ -31,6 +31,22 @@ extern "C" __global__ void pool_plain(const Element* __restrict__ x, int64_t hea
   }
 }
 
+// Grid: (ceil(coarse / POOL_WARPS), heads). x [heads, composites, d]: means of `held` of the `length` tokens -> means of `width` tokens
+// out [heads, coarse, d], in which each weighs as many tokens as it holds.
+extern "C" __global__ void coarsen_plain(const float* __restrict__ x, int length, int held, int width, int composites, int coarse,
+                                         float* __restrict__ out)
+{
+  const int lane = threadIdx.x & 31, t = blockIdx.x * POOL_WARPS + (threadIdx.x >> 5), head = blockIdx.y;
+  if (t >= coarse) return;
+  const int first = t * width, stop = min(length, first + width);
+  for (int dim = lane; dim < HEAD_DIM; dim += 32) {
+    const float* from = x + (int64_t)head * composites * HEAD_DIM + dim;
+    float sum = 0.f;
+    for (int start = first; start < stop; start += held) sum += min(held, stop - start) * from[(int64_t)(start / held) * HEAD_DIM];
+    out[((int64_t)head * coarse + t) * HEAD_DIM + dim] = sum / (stop - first);
+  }
+}
+
 // Grid: (Nk, Hkv). k: heads of rows of HEAD_DIM elements -> anchors [Hkv, Nk, r], positions in ascending norm, -1 where there are none left.
 extern "C" __global__ void find_anchors_plain(const Element* __restrict__ k, int64_t head_stride, int64_t row_stride, int length, int block_size,
                                               int key_anchors, int* __restrict__ anchors)

@@ -112,8 +112,8 @@ DEVICE float fold_max(float x, int bit) { return fmaxf(x, __shfl_xor_sync(0xffff
 
 // Where a warp's block sums go.
 struct Sums {
-  uint32_t* mean;  // [Nq, Nk] of this head
-  float* peak;     // likewise, or null
+  uint32_t* mean;  // [Nq, Nk] of this head, or null
+  float* peak;     // likewise
   int first_query, lane;
   const Shape& shape;
 
@@ -156,10 +156,10 @@ struct Sums {
           const int64_t at = (int64_t)q_block * shape.num_k_blocks + k_block;
           const uint32_t units = (uint32_t)__float2int_rn(sum * (UNIT / exist));
           if (QUERIES_PER_BLOCK > 32) {
-            atomicAdd(mean + at, units);
+            if (mean) atomicAdd(mean + at, units);
             if (peak) atomicMax((int*)peak + at, __float_as_int(most));  // not negative: floats order as integers
           } else {
-            mean[at] = units;
+            if (mean) mean[at] = units;
             if (peak) peak[at] = most;
           }
         }
@@ -175,7 +175,7 @@ struct Sums {
 };
 
 // Grid: (ceil(Tq / ROWS), Hc). qc [Hc, Tq, d], kc [Hkc, Tk, d] (heads any stride apart) float16 -> mean [Hc, Nq, Nk] in units of 2^-30, peak [Hc, Nq, Nk]
-// float32 or null. With QUERIES_PER_BLOCK > 32 both must hold 0 before. Blocks that are not visible are left as they are or 0.
+// float32, either null. With QUERIES_PER_BLOCK > 32 both must hold 0 before. Blocks that are not visible are left as they are or 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) score_blocks(
     const uint16_t* __restrict__ qc, const uint16_t* __restrict__ kc, int64_t kc_head_stride, const Shape shape, uint32_t* __restrict__ mean,
     float* __restrict__ peak)
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_blocks(
     }
 
   const int64_t head_at = (int64_t)head * shape.num_q_blocks * shape.num_k_blocks;
-  const Sums sums = {mean + head_at, peak ? peak + head_at : nullptr, first_query, lane, shape};
+  const Sums sums = {mean ? mean + head_at : nullptr, peak ? peak + head_at : nullptr, first_query, lane, shape};
   constexpr int GROUPS = KEYS_PER_BLOCK >= 8 ? BLOCKS_PER_STEP : KEYS_PER_BLOCK >= 2 ? STEP / 8 : STEP / 4;
   float share[2][2][GROUPS];
   const auto clear = [&] {

@@ -1,4 +1,4 @@
-// Steps 2-3 on Hopper, in one pass: compressed attention by wgmma, kept as sums of 16 keys, and their merger into block scores.
+// Steps 2-3 on Hopper, in one pass: compressed attention by wgmma, kept as sums of up to 32 keys, and their merger into block scores.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  scores.cu: two passes of mma.sync; the products and the exponentials are done twice
@@ -8,6 +8,7 @@
 //      Four warpgroups a thread block overlap each other's products and exponentials: both units are busy about as long.
 //   3  blocks of 4 and 8 composites too: a stored sum is then a block, and a thread block merges several query blocks
 //   4  merge_scores goes on to steps 4-5 where the host asks for it (few blocks, or blocks of 4): no score reaches global memory
+//   5  sums of 32 keys where a block has as many, and only those of mean and peak that a rule reads
 //
 // For QUERIES_PER_BLOCK >= 4 and KEYS_PER_BLOCK 4 to 64; scores.cu does the rest.
 // A stored sum lies between 2^-24 and GROUP of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
@@ -15,7 +16,7 @@
 //
 // Shared memory of score_tiles, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]):
 //   Q [ROWS], K_STAGES x K [COLUMNS], barriers.
-// Of merge_scores: log-sum-exp [16], warps' maxima and sums, mean [Q_BLOCKS][Nk in whole tiles], peak likewise where it is wanted.
+// Of merge_scores: log-sum-exp [16], warps' maxima and sums, mean and peak [Q_BLOCKS][Nk in whole tiles], each where it is wanted.
 #include "composites.cuh"
 #include "hopper.cuh"
 #include "select_row.cuh"
@@ -23,7 +24,7 @@
 #define CONSUMERS 4
 #define ROWS (64 * CONSUMERS)
 #define COLUMNS 128
-#define GROUP (KEYS_PER_BLOCK < 16 ? KEYS_PER_BLOCK : 16)  // keys a stored sum
+#define GROUP (KEYS_PER_BLOCK < 32 ? KEYS_PER_BLOCK : 32)  // keys a stored sum
 #define GROUPS (COLUMNS / GROUP)                           // stored sums a tile and query
 #define GROUPS_PER_LANE (GROUPS / 4)                       // of those, each lane of a quad stores its own
 #define K_STAGES 4
@@ -49,7 +50,13 @@ template <int N> DEVICE void sum_pair(float (&half)[N / 2], const float (&x)[N],
 // The sums that lane t of a quad stores at places GROUPS_PER_LANE * t .. of its query's: parts[j] is the lane's share of the tile's
 // columns 8 j .. 8 j + 7, of which it holds two.
 DEVICE void sum_groups(float (&sums)[GROUPS_PER_LANE], const float (&parts)[16], int t) {
-#if GROUP == 16
+#if GROUP == 32
+  float fours[4], half[2];
+#pragma unroll
+  for (int g = 0; g < 4; ++g) fours[g] = (parts[4 * g] + parts[4 * g + 1]) + (parts[4 * g + 2] + parts[4 * g + 3]);
+  sum_pair(half, fours, 2, t & 2);
+  sum_pair(sums, half, 1, t & 1);
+#elif GROUP == 16
   float pairs[8], half[4];
 #pragma unroll
   for (int g = 0; g < 8; ++g) pairs[g] = parts[2 * g] + parts[2 * g + 1];
@@ -87,9 +94,11 @@ DEVICE void exponentiate(const float (&s)[COLUMNS / 2], float c, int t, float (&
 }
 
 // A lane's sums of one query as float16, in one store.
-DEVICE void store_sums(uint32_t* to, const float (&sums)[GROUPS_PER_LANE]) {
-#if GROUP == 16
-  *to = pack_half(sums[0], sums[1]);
+DEVICE void store_sums(uint16_t* to, const float (&sums)[GROUPS_PER_LANE]) {
+#if GROUP == 32
+  *to = (uint16_t)pack_half(sums[0], 0.f);
+#elif GROUP == 16
+  *(uint32_t*)to = pack_half(sums[0], sums[1]);
 #elif GROUP == 8
   *(int2*)to = make_int2(pack_half(sums[0], sums[1]), pack_half(sums[2], sums[3]));
 #else
@@ -101,7 +110,7 @@ DEVICE void store_sums(uint32_t* to, const float (&sums)[GROUPS_PER_LANE]) {
 // sums [heads, ceil(Tq / 16), tiles, 16, GROUPS] float16, maxima [heads, ceil(Tq / 16), tiles, 16]; only visible tiles are written.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
     const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, const Shape shape, int first_head,
-    uint32_t* __restrict__ sums, float* __restrict__ maxima)
+    uint16_t* __restrict__ sums, float* __restrict__ maxima)
 {
   DYNAMIC_SHARED(shared);
   const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
@@ -181,9 +190,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
         float highest[2];
         exponentiate(s, c, t, sum, highest);
         if (exists) {
-          uint32_t* tile_sums = sums + (at + n) * (16 * GROUPS / 2);
-          store_sums(tile_sums + row16 * (GROUPS / 2) + t * (GROUPS_PER_LANE / 2), sum[0]);
-          store_sums(tile_sums + (row16 + 8) * (GROUPS / 2) + t * (GROUPS_PER_LANE / 2), sum[1]);
+          uint16_t* tile_sums = sums + (at + n) * (16 * GROUPS);
+          store_sums(tile_sums + row16 * GROUPS + t * GROUPS_PER_LANE, sum[0]);
+          store_sums(tile_sums + (row16 + 8) * GROUPS + t * GROUPS_PER_LANE, sum[1]);
           if (t < 2) maxima[(at + n) * 16 + row16 + 8 * t] = t ? highest[1] : highest[0];
         }
       } else if (lane == 0) {
@@ -204,14 +213,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
 
 struct LaneSums {  // a lane's share of a tile: half a query's sums
   float x[GROUPS / 2];
-  DEVICE explicit LaneSums(const uint32_t* sums) {  // those of a tile's first query
-    const uint32_t* mine = sums + (threadIdx.x & 31) * (GROUPS / 4);
+  DEVICE explicit LaneSums(const uint16_t* sums) {  // those of a tile's first query
+    const uint32_t* mine = (const uint32_t*)sums + (threadIdx.x & 31) * (GROUPS / 4);
     uint32_t raw[GROUPS / 4];
+    if (GROUPS == 4) {
+      raw[0] = *mine;
+    } else {
 #pragma unroll
-    for (int i = 0; i < GROUPS / 4; i += 2) {
-      const uint2 pair = *(const uint2*)(mine + i);
-      raw[i] = pair.x;
-      raw[i + 1] = pair.y;
+      for (int i = 0; i + 1 < GROUPS / 4; i += 2) {
+        const uint2 pair = *(const uint2*)(mine + i);
+        raw[i] = pair.x;
+        raw[i + 1] = pair.y;
+      }
     }
 #pragma unroll
     for (int i = 0; i < GROUPS / 4; ++i) {
@@ -220,18 +233,20 @@ struct LaneSums {  // a lane's share of a tile: half a query's sums
     }
   }
   DEVICE float total() const {
+    if (GROUPS == 4) return x[0] + x[1];
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < GROUPS / 2; i += 4) sum += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
+    for (int i = 0; i + 3 < GROUPS / 2; i += 4) sum += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
     return sum;
   }
 };
 
 // Grid: (query blocks, or sixteens of composite queries where blocks are smaller; composite heads of this launch). Reads what
-// score_tiles wrote; mean [Hc, Nq, Nk] in units or null, peak [Hc, Nq, Nk] or null. with_peak: whether the row rule needs peaks.
+// score_tiles wrote; mean [Hc, Nq, Nk] in units or null, peak [Hc, Nq, Nk] or null. with_mean, with_peak: which of the two is
+// handed out or selected by.
 // top_p, row_threshold, words, counts: as in select.cu, for steps 4-5 right away; words null to leave them out.
 extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
-    const uint32_t* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, int with_peak,
+    const uint16_t* __restrict__ sums, const float* __restrict__ maxima, const Shape shape, int first_head, int with_mean, int with_peak,
     uint32_t* __restrict__ mean, float* __restrict__ peak, const double* __restrict__ top_p, const float* __restrict__ row_threshold,
     uint32_t* __restrict__ words, int* __restrict__ counts)
 {
@@ -243,10 +258,10 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
   float* log_sums = (float*)shared;             // [16]
   float* warp_max = log_sums + 16;              // [4][16]
   float* warp_sum = warp_max + 4 * 16;          // [4][16]
-  float* mean_here = warp_sum + 4 * 16;         // [Q_BLOCKS][blocks]
-  float* peak_here = mean_here + Q_BLOCKS * blocks;  // likewise, where peak is wanted
+  float* mean_here = warp_sum + 4 * 16;         // [Q_BLOCKS][blocks], where mean is wanted
+  float* peak_here = mean_here + (with_mean ? Q_BLOCKS * blocks : 0);  // likewise
 
-  for (int j = threadIdx.x; j < (with_peak ? 2 : 1) * Q_BLOCKS * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;
+  for (int j = threadIdx.x; j < (with_mean + with_peak) * Q_BLOCKS * blocks; j += MERGE_THREADS) mean_here[j] = 0.f;
   __syncthreads();
   for (int rows = 0; rows < exist; rows += 16) {
     // these queries' own tiles: score_tiles writes no tile that none of them sees
@@ -255,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     float highest = -INFINITY_F, sum = 0.f;
 #pragma unroll 4
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
-      const LaneSums s(sums + (at + n) * (16 * GROUPS / 2));
+      const LaneSums s(sums + (at + n) * (16 * GROUPS));
       const float here = maxima[(at + n) * 16 + row16];
       const float next = fmaxf(fmaxf(highest, here), -1e30f);  // finite also where a query has seen nothing yet
       sum = sum * exp2_fast(highest - next) + s.total() * exp2_fast(here - next);
@@ -278,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     const float log_sum = log_sums[row16];
 #pragma unroll 4
     for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
-      const LaneSums s(sums + (at + n) * (16 * GROUPS / 2));
+      const LaneSums s(sums + (at + n) * (16 * GROUPS));
       const float weight = exp2_fast(maxima[(at + n) * 16 + row16] - log_sum);
 #pragma unroll
       for (int b = 0; b < BLOCKS_PER_TILE / 2; ++b) {
@@ -289,13 +304,13 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
         float most = share;
 #pragma unroll
         for (int bit = 2; bit < 2 * ROWS_PER_BLOCK; bit *= 2) {
-          share += __shfl_xor_sync(0xffffffffu, share, bit);
+          if (with_mean) share += __shfl_xor_sync(0xffffffffu, share, bit);
           if (with_peak) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
         }
         const int place = side * (BLOCKS_PER_TILE / 2) + b;
         const int block = n * BLOCKS_PER_TILE + (GROUPS_PER_BLOCK == 1 ? group_at(place) : place) + row16 / ROWS_PER_BLOCK * blocks;
         if (row16 % ROWS_PER_BLOCK == 0) {  // the same lane every time: sums keep their order
-          mean_here[block] += share;
+          if (with_mean) mean_here[block] += share;
           if (with_peak) peak_here[block] = fmaxf(most, peak_here[block]);
         }
       }
@@ -310,9 +325,10 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
     const int64_t out_at = ((int64_t)head * shape.num_q_blocks + q_block) * shape.num_k_blocks;
     const int visible = visible_blocks(shape, q_block);
     for (int j = threadIdx.x; j < visible; j += MERGE_THREADS) {
+      if (peak) peak[out_at + j] = peak_here[i * blocks + j];
+      if (!with_mean) continue;
       const uint32_t units = (uint32_t)__float2int_rn(mean_here[i * blocks + j] * (UNIT / queries));
       if (mean) mean[out_at + j] = units;
-      if (peak) peak[out_at + j] = peak_here[i * blocks + j];
       scores[i * blocks + j] = as_handed_out(units);
     }
   }
