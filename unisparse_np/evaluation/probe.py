@@ -15,7 +15,7 @@ from .cost import modelled_cost
 from .divergence import divergence, log_probabilities, row_blocks
 from .results import ResultsFile
 from .suite import chunk_unit, plain_attention
-from .text_suite import pieces
+from .text_suite import logits_of_piece, pieces
 from .windows import Windows
 
 CostKind = Literal["model", "time"]
@@ -75,7 +75,7 @@ class Prober:
         return self._known[key]
 
     def _measure(self, attention: Attention, window: int) -> dict[str, Any]:
-        token_ids = self._windows[window]
+        token_ids, layers = self._windows[window], self._model.backend.layers
         cache, half = self._read_half(token_ids, attention)
         targets = np.array(token_ids[half + 1 :])
         kl, done = 0.0, 0
@@ -83,7 +83,7 @@ class Prober:
         for logits in self._logits_after(half, token_ids, attention, cache):
             if dense is not None:
                 rows = slice(done, done + len(logits))
-                kl += float(divergence(dense[rows], logits, targets[rows]).kl.sum())
+                kl += float(divergence(layers.xp.asarray(dense[rows]), logits, targets[rows], layers).kl.sum())
             done += len(logits)
         measured: dict[str, Any] = {"kl": kl / done, "densities": self._model.layer_densities(cache)}
         return measured | ({"seconds": self._seconds(token_ids, attention)} if self._cost_kind == "time" else {})
@@ -97,25 +97,26 @@ class Prober:
         return cache, half
 
     def _logits_after(self, half: int, token_ids: list[int], attention: Attention, cache: Any) -> Any:
-        """Logits of positions half .. len-2, in pieces [t, vocab]."""
+        """Logits of positions half .. len-2, in pieces [t, vocab], the backend's."""
         split = cache.length
         for start, stop in pieces(len(token_ids) - 1 - split, chunk_unit([attention])):
-            logits = self._model.logits(token_ids[split + start : split + stop], attention, cache=cache)
+            logits = logits_of_piece(self._model, token_ids[split + start : split + stop], attention, cache)
             if split + stop > half:
                 yield logits[max(0, half - split - start) :]
 
     def _dense_log_probabilities(self, window: int) -> np.ndarray:
         """[T/2, vocab] float16 of the window's second half, computed on first use."""
         if window not in self._dense:
-            token_ids = self._windows[window]
+            token_ids, layers = self._windows[window], self._model.backend.layers
             cache, half = self._read_half(token_ids, "dense")
             shape = (len(token_ids) - 1 - half, self._model.config.vocab_size)
             kept = np.memmap(tempfile.TemporaryFile(), dtype=np.float16, mode="w+", shape=shape)  # noqa: SIM115  (the array keeps it)
             done = 0
             for logits in self._logits_after(half, token_ids, "dense", cache):
                 for rows in row_blocks(*logits.shape):
-                    part = log_probabilities(logits[rows])
-                    kept[done : done + len(part)] = np.maximum(part, np.finfo(np.float16).min)
+                    part = log_probabilities(logits[rows], layers.xp)
+                    least = np.finfo(np.float16).min
+                    kept[done : done + len(part)] = layers.to_host(layers.xp.maximum(part, least).astype(np.float16))
                     done += len(part)
             self._dense[window] = kept
         return self._dense[window]

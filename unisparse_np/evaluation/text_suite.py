@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..model.llama import Llama
+from ..model.kv_cache import KVCache
+from ..model.llama import Attention, Llama
 from ..model.tokenizer import Tokenizer
 from .divergence import Divergence, divergence
 from .haystack import digest
@@ -43,10 +44,10 @@ class TextSuite:
         parts: dict[str, list[Divergence]] = {label: [] for label in attentions}
         for start, stop in pieces(len(token_ids) - 1, chunk_unit(list(attentions.values()))):
             targets = np.array(token_ids[start + 1 : stop + 1])
-            dense = model.logits(token_ids[start:stop], "dense", cache=caches["dense"])  # [t, vocab]
+            dense = logits_of_piece(model, token_ids[start:stop], "dense", caches["dense"])  # [t, vocab]
             for label, attention in attentions.items():
-                sparse = dense if label == "dense" else model.logits(token_ids[start:stop], attention, cache=caches[label])
-                parts[label].append(divergence(dense, sparse, targets))
+                sparse = dense if label == "dense" else logits_of_piece(model, token_ids[start:stop], attention, caches[label])
+                parts[label].append(divergence(dense, sparse, targets, model.backend.layers))
         measured = {}
         for label in attentions:
             densities = model.layer_densities(caches[label])
@@ -59,6 +60,12 @@ def pieces(tokens: int, unit: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of pieces of whole units that cover the tokens, about _TOKENS_AT_ONCE each."""
     size = -(-_TOKENS_AT_ONCE // unit) * unit
     yield from ((start, min(tokens, start + size)) for start in range(0, tokens, size))
+
+
+def logits_of_piece(model: Llama, token_ids: list[int], attention: Attention, cache: KVCache) -> Any:
+    """All logits [t, vocab] of tokens that follow what the cache holds, as one of the backend's arrays."""
+    chunks = list(model.logits_on_backend(token_ids, cache, attention))
+    return chunks[0] if len(chunks) == 1 else model.backend.layers.xp.concatenate(chunks)
 
 
 def by_decile(parts: list[Divergence]) -> dict[str, list[float]]:

@@ -191,15 +191,28 @@ class Llama:
 
         The tokens follow what the cache holds; arguments and errors as in `prefill`.
         """
+        chunks = self.logits_on_backend(token_ids, cache, attention, chunk_size=chunk_size, observer=observer)
+        return (self._to_host(logits) for logits in chunks)
+
+    def logits_on_backend(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache,
+        attention: Attention,
+        *,
+        chunk_size: int | None = None,
+        observer: Observer | None = None,
+    ) -> Iterator[Any]:
+        """The same, but the logits stay the backend's arrays."""
         configs = self._attention_per_layer(attention)
         ids = self._checked_tokens(token_ids)
         self._begin(cache, len(token_ids))
         chunks = self._chunks(len(token_ids), cache, configs, chunk_size, all_logits=True)
 
-        def logits_of(start: int, stop: int) -> np.ndarray:
+        def logits_of(start: int, stop: int) -> Any:
             with self._giving_memory_back(stop - start):
                 hidden = self.forward.hidden(ids[start:stop], cache, configs, count=True, observer=observer)
-                return self._to_host(self.forward.head(hidden))
+                return self.forward.head(hidden)
 
         return (logits_of(*chunk) for chunk in chunks)
 
