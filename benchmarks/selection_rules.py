@@ -35,6 +35,7 @@ from unisparse_np.evaluation.windows import Windows
 from unisparse_np.model.tokenizer import Tokenizer
 
 QUOTATIONS = 3  # for each window of text
+RULES_AT_ONCE = 6  # of one item, by one process
 SECONDS_BETWEEN_SUMMARIES = 5.0
 SOLVED = 0.8  # a task counts as solved where dense attention has this share of it right
 
@@ -139,17 +140,12 @@ def main() -> None:
 
 
 def missing(options: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[Job]:
-    """Every item with the rules that it lacks.
-
-    Each item begins at another rule, so that processes which start together compile different kernels.
-    """
-    rules = list(options.rules or DEFAULT_RULES[options.kind])
-    for number, (item, payload) in enumerate(items(options)):
-        first = number * len(rules) // max(1, options.workers) % len(rules)
-        turned = rules[first:] + rules[:first]
-        lacking = [rule for rule in (turned if options.kind == "text" else ["dense", *turned]) if (item, rule) not in done]
-        if lacking:
-            yield Job(options.kind, item, payload, lacking)
+    """Every item with the rules that it lacks, a few at a time, so that processes which start together compile different kernels."""
+    rules = [*(["dense"] if options.kind != "text" else []), *(options.rules or DEFAULT_RULES[options.kind])]
+    for item, payload in items(options):
+        lacking = [rule for rule in rules if (item, rule) not in done]
+        for start in range(0, len(lacking), RULES_AT_ONCE):
+            yield Job(options.kind, item, payload, lacking[start : start + RULES_AT_ONCE])
 
 
 def items(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -210,6 +206,7 @@ def text_row(found: list[Row], dense: dict[str, Row]) -> Row:
 
 def copy_row(found: list[Row], dense: dict[str, Row]) -> Row:
     """found: quotations under one rule; dense: the same ones, by item."""
+    found = [record for record in found if record["item"] in dense]
     over_dense = mean_estimate([record["nll"] - dense[record["item"]]["nll"] for record in found])
     return {
         "nll": mean_estimate([record["nll"] for record in found]).value,
