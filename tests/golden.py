@@ -1,4 +1,7 @@
-"""The golden vectors: float16 inputs and float64 answers of ALGORITHM.md, made by an independent program."""
+"""The golden vectors: float16 inputs and float64 answers of ALGORITHM.md, made by programs that are independent of the package.
+
+tests/make_coarse_golden.py made those named coarse_*.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +11,8 @@ import numpy as np
 
 from unisparse_np import Problem, UniSparseConfig
 
-FILES = sorted((Path(__file__).parent / "data" / "golden").glob("*.npz"))
+FOLDER = Path(__file__).parent / "data" / "golden"
+FILES = sorted(FOLDER.glob("*.npz"))
 
 
 class Golden(NamedTuple):

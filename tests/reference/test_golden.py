@@ -11,7 +11,7 @@ STORED = 1e-6
 
 
 def test_every_vector_is_there():
-    assert len(FILES) == 20
+    assert len(FILES) == 23
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
