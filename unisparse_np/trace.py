@@ -19,6 +19,7 @@ class Trace:
         mask [Hq, Nq, Nk] bool: the selected blocks (step 5); None for dense attention.
         anchors [Hkv, Nk, r] int32: positions of the anchor keys (step 6); None for dense attention.
         qc [Hc, Tq, d], kc [Hkc, Tk, d], mean, peak [Hc, Nq, Nk]: steps 1 and 3, kept only when scores were asked for.
+            With top_p_compress qc and kc are the fine composites; mean comes from the coarse ones, which are means of these.
     """
 
     kernel: str
