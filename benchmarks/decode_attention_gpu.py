@@ -93,22 +93,33 @@ def dense(setting: Setting, rows: list[dict]) -> None:
 
 
 def sparse(setting: Setting, config: UniSparseConfig, rows: list[dict]) -> None:
-    """Selection as it is, then attention over given random masks: one for the heads of a group, and one for each head."""
-    attention, summaries = setting.attention(config), setting.summaries(config)
-    selector = attention.selector
+    """Selection as it is, and with attention over given random masks after it: one for the heads of a group, or one for each head."""
+    attention, summaries, overlap = setting.attention(config), setting.summaries(config), overlap_is_possible()
+    selector, q, position = attention.selector, setting.q, setting.position
     assert selector is not None
     work = list(zip(setting.caches, summaries, strict=True))
-    selection = microseconds([lambda k=k, s=s: selector.launch(setting.q, k, setting.position, s) for (k, _), s in work] * 4)  # type: ignore[misc]
-    report(rows, work="selection", length=setting.length, us=selection)
+
+    def select(keys: Any, summary: KeySummary) -> None:
+        selector.launch(q, keys, position, summary, overlap)
+
+    selection = microseconds([lambda k=k, s=s: select(k, s) for (k, _), s in work] * 4)  # type: ignore[misc]
+    scores = microseconds([lambda k=k, s=s: selector.score(q, k, position, s, overlap) for (k, _), s in work] * 4)  # type: ignore[misc]
+    about = {"length": setting.length, "head_compress": config.head_compress, "overlap": overlap}
+    report(rows, work="selection", **about, us=selection, us_of_scores=scores)
     blocks, rng = attention.problem.num_k_blocks, np.random.default_rng(1)
     for share in (0.1, 0.25, 0.5):
         for masks in (NUM_KV_HEADS, NUM_Q_HEADS):
-            mask = np.repeat(rng.random((masks, 1, blocks)) < share, NUM_Q_HEADS // masks, axis=0)  # [Hq, 1, Nk]
+            if NUM_Q_HEADS // masks < config.head_compress:
+                continue
+            mask = np.repeat(rng.random((masks, 1, blocks)) < share, NUM_Q_HEADS // masks, axis=0)[:: config.head_compress]
             words = from_bool(cupy.asarray(mask)).words
-            us = microseconds(
-                [lambda c=c, s=s, words=words: attention.attend(setting.q, *c, setting.position, words, s) for c, s in work] * 4
-            )  # type: ignore[misc]
-            report(rows, work="given mask", length=setting.length, share=share, masks=masks, us=us, us_with_selection=us + selection)
+
+            def attend(k: Any, v: Any, s: KeySummary, words: Any = words) -> None:
+                attention.attend(q, k, v, position, words, s, overlap=overlap)
+
+            alone = microseconds([lambda c=c, s=s: attend(*c, s) for c, s in work] * 4)  # type: ignore[misc]
+            whole = microseconds([lambda c=c, s=s: (select(c[0], s), attend(*c, s)) for c, s in work] * 4)  # type: ignore[misc]
+            report(rows, work="given mask", **about, share=share, masks=masks, us=alone, us_with_selection=whole)
 
 
 def report(rows: list[dict], **row: Any) -> None:
@@ -121,8 +132,9 @@ def main() -> None:
     for length in (8 << 10, 32 << 10, 128 << 10):
         setting = Setting(length)
         dense(setting, rows)
-        if length != 32 << 10:
-            sparse(setting, UniSparseConfig(), rows)
+        for head_compress in (1, NUM_Q_HEADS // NUM_KV_HEADS):
+            if length != 32 << 10:
+                sparse(setting, UniSparseConfig(head_compress=head_compress), rows)
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode().lower().replace(" ", "_")
     print(write_result(f"decode_attention_gpu_{name}", {"stamp": stamp("cupy-cuda13x"), "rows": rows}))
 

@@ -23,11 +23,14 @@ def cases(architecture):
     yield (
         "decode_select.cu",
         architecture,
-        {"HEAD_DIM": 128, "ROW_TILES": 1, "BLOCK_SIZE": 128, "KEYS_PER_BLOCK": 16},
+        {"HEAD_DIM": 128, "ROW_TILES": 1, "BLOCK_SIZE": 128, "KEYS_PER_BLOCK": 16, "COARSE": 1},
         "decode_scores",
         80,
         0,
     )
+    coarse = {"HEAD_DIM": 128, "ROW_TILES": 1, "BLOCK_SIZE": 64, "KEYS_PER_BLOCK": 32, "COARSE": 4}
+    yield "decode_select.cu", architecture, coarse, "decode_scores", 80, 0
+    yield "decode_select.cu", architecture, coarse, "decode_select", 64, 0
     yield "repair.cu", architecture, {"HEAD_DIM": 128}, "repair", 128, 0
     yield from plain_cases(architecture, 128, 64, 16)
     yield from layer_cases(architecture)
@@ -57,7 +60,7 @@ def hopper_cases():
         # at d 128 the producer has 24 registers, so that the consumers have 240 and spill nothing: it keeps a few words in local memory
         registers, most_spilled = (168, 64) if size > 64 else (128, 0)
         yield "attend_sm90.cu", HOPPER, {"HEAD_DIM": dim, "BLOCK_SIZE": size}, "attend_sm90", registers, most_spilled
-    for q, k in ((16, 16), (4, 4)):
+    for q, k in ((16, 16), (4, 4), (16, 32)):
         yield "scores_sm90.cu", HOPPER, {"HEAD_DIM": 128, "QUERIES_PER_BLOCK": q, "KEYS_PER_BLOCK": k}, "score_tiles", 96, 0
 
 

@@ -100,6 +100,15 @@ STEPS = {
     "row threshold, wide group": (
         Decoding(UniSparseConfig(64, 2, 4, 1, None, 0.05, 1, 0, 0), 12, 1, 64, 700, np.float16), (600, 699),
     ),
+    "Top-P with composites of its own": (
+        Decoding(UniSparseConfig(64, 4, 2, 1, 0.5, 0.1, top_p_compress=8), 4, 2, 64, 512, BFLOAT16), (255, 256, 301, 448),
+    ),
+    "such composites, in a block of four keys": (
+        Decoding(UniSparseConfig(64, 16, 16, 2, 0.5, 0.3, top_p_compress=32), 4, 2, 64, 512, np.float16), (3, 130, 335),
+    ),
+    "such composites of a whole tile": (
+        Decoding(UniSparseConfig(64, 1, 1, 1, 0.3, 0.05, top_p_compress=16), 2, 1, 64, 300, BFLOAT16), (90, 255),
+    ),
     "both rules, blocks of 128": (Decoding(UniSparseConfig(128, 8, 32, 1, 0.3, 0.2, 2), 3, 1, 64, 900, BFLOAT16), (801, 895, 896)),
 }  # fmt: skip
 
@@ -169,7 +178,12 @@ PLANTED = {
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
     "the open block is not pooled": ("decode_select.cu", "if (opens) pool_open_block", "if (false) pool_open_block"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),
-    "a cell of other composites": ("decode_select.cu", "float sum = exp2_fast(logit[k] - base)", "float sum = exp2_fast(logit[0] - base)"),
+    "a cell of other composites": (
+        "decode_cells.cuh", "float sum = exp2_fast(logits[2 * k + e] - base)", "float sum = exp2_fast(logits[e] - base)",
+    ),
+    "a threshold too high": ("decode_cut.cuh", "t += steps * unit", "t += min(3, steps + 1) * unit"),
+    "ties of earlier words": ("decode_select.cu", "before += ties[i]", "before += 0"),
+    "coarse keys of the wrong size": ("decode_cells.cuh", "z[2 * k + e] = sum[k] / tokens[k]", "z[2 * k + e] = sum[k]"),
 }  # fmt: skip
 
 
@@ -178,7 +192,7 @@ PLANTED = {
 def test_a_planted_bug_is_caught(name, tmp_path):
     checks = (
         "from tests.emulator import test_decode_attention as tests\n"
-        "for name in ('default, blocks of 64', 'from the first token'):\n"
+        "for name in ('default, blocks of 64', 'from the first token', 'Top-P with composites of its own'):\n"
         "    tests.test_decode_steps(name)\n"
         "tests.test_a_few_queries('two groups of rows')\n"
     )

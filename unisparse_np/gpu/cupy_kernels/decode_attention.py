@@ -16,7 +16,7 @@ import numpy as np
 from ...config import UniSparseConfig
 from ...errors import InvalidInput
 from ...problem import KeySummary, Problem, ceil_div
-from .decode_select import DecodeSelector, launch
+from .decode_select import CELL, DecodeSelector, coarse_keys, launch
 from .device import kernel, num_multiprocessors
 from .plan import Plan
 from .select import BlockMask
@@ -155,7 +155,8 @@ class DecodeAttention:
         if not can_decode(problem, dtype, sparse):
             raise InvalidInput(
                 f"head_dim={head_dim}, block_size={problem.config.block_size}, {dtype.name}: decode kernels take 16-bit inputs with "
-                "head_dim a multiple of 16 up to 256, for sparse decode also a block_size and head_dim of the tensor-core kernels; "
+                "head_dim a multiple of 16 up to 256, for sparse decode also a block_size and head_dim of the tensor-core kernels and a "
+                "top_p_compress of at most 16 k_compress; "
                 "use unisparse_attention for each token, or backend='reference'"
             )
         self.problem = problem
@@ -202,4 +203,4 @@ class DecodeAttention:
 
 def can_decode(problem: Problem, dtype: Any, sparse: bool) -> bool:
     """Whether DecodeAttention takes this shape (one query) and dtype."""
-    return splits_keys(problem, dtype) and (not sparse or uses_tensor_cores(problem, dtype))
+    return splits_keys(problem, dtype) and (not sparse or (uses_tensor_cores(problem, dtype) and coarse_keys(problem.config) <= CELL))

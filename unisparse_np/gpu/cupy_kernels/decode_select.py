@@ -8,6 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from ...config import UniSparseConfig
 from ...problem import KeySummary, Problem, ceil_div
 from .device import kernel, num_multiprocessors, source
 from .overlap import OverlappingLauncher, address
@@ -16,6 +17,7 @@ from .shapes import element_strides, shape_of, words_per_row
 
 FILE = "decode_select.cu"
 SCORE_WARPS, SELECT_WARPS, CELL, ROW_BYTES = 8, 16, 16, 512  # of decode_select.cu and few_rows.cuh
+NULL = np.uint64(0)
 
 
 class DecodeSelector:
@@ -33,7 +35,7 @@ class DecodeSelector:
         keys_per_block = config.block_size // config.k_compress
         defines = {
             "IS_FLOAT16": int(dtype == np.float16), "HEAD_DIM": problem.head_dim, "BLOCK_SIZE": config.block_size,
-            "KEYS_PER_BLOCK": keys_per_block, "ROW_TILES": row_tiles,
+            "KEYS_PER_BLOCK": keys_per_block, "ROW_TILES": row_tiles, "COARSE": coarse_keys(config),
         }  # fmt: skip
         self.problem = problem
         self.mask = BlockMask(
@@ -43,7 +45,9 @@ class DecodeSelector:
         )
         self._shape = shape_of(problem, config.head_compress, config.key_anchors)
         cells = ceil_div(problem.num_k_composites, min(keys_per_block, CELL))
-        self._cells = cupy.empty((problem.num_composite_heads, cells, 2), np.float32)
+        softmaxes = cupy.empty((problem.num_composite_heads, cells, 2), np.float32)
+        of_coarse_keys = NULL if coarse_keys(config) == 1 else cupy.empty_like(softmaxes)
+        self._scores = softmaxes, of_coarse_keys, np.int64(cells)
         self._rules = (
             per_head(config.top_p, problem.num_composite_heads, "float64"),
             per_head(config.row_threshold, problem.num_composite_heads, "float32"),
@@ -53,20 +57,29 @@ class DecodeSelector:
         self._score_grid = max(2, num_multiprocessors() * resident // columns), columns
         norms = 4 * problem.kv_heads_per_composite * config.block_size
         self._score_shared = norms + row_tiles * ceil_div(problem.head_dim, 32) * ROW_BYTES
-        self._select_shared = 2 * 4 * 32 * words_per_row(problem) + 2 * 4 * SELECT_WARPS
+        arrays = 2 if coarse_keys(config) == 1 else 3  # of a number a block
+        self._select_shared = 4 * ((32 * arrays + 1) * words_per_row(problem) + 6 * SELECT_WARPS)
         self._score = kernel(FILE, "decode_scores", self._score_shared, **defines)
         self._select = kernel(FILE, "decode_select", self._select_shared, **defines)
 
     def launch(self, q: Any, keys: Any, position: Any, summary: KeySummary, overlap: bool = False) -> BlockMask:
         """q [Hq, d], keys [Hkv, capacity, d], position: device int32 [1] of the query; summary as in DecodeAttention.launch."""
-        pitch = np.int64(self._cells.shape[1])
-        q_head_stride = np.int64(q.strides[0] // q.itemsize)
-        scoring = (q, keys, q_head_stride, *element_strides(keys), self._shape, position, *summary, self._cells, pitch)
-        launch(self._score, FILE, "decode_scores", self._score_grid, 32 * SCORE_WARPS, self._score_shared, scoring, overlap)
-        selecting = (self._cells, pitch, *self._rules, self._shape, position, self.mask.words, self.mask.counts)
+        self.score(q, keys, position, summary, overlap)
+        selecting = (*self._scores, *self._rules, self._shape, position, self.mask.words, self.mask.counts)
         grid = self.problem.num_composite_heads, 1
         launch(self._select, FILE, "decode_select", grid, 32 * SELECT_WARPS, self._select_shared, selecting, overlap)
         return self.mask
+
+    def score(self, q: Any, keys: Any, position: Any, summary: KeySummary, overlap: bool = False) -> None:
+        """Steps 1 and 2 alone."""
+        q_head_stride = np.int64(q.strides[0] // q.itemsize)
+        scoring = (q, keys, q_head_stride, *element_strides(keys), self._shape, position, *summary, *self._scores)
+        launch(self._score, FILE, "decode_scores", self._score_grid, 32 * SCORE_WARPS, self._score_shared, scoring, overlap)
+
+
+def coarse_keys(config: UniSparseConfig) -> int:
+    """Composite keys in one of Top-P's own; 1 where it has none of its own."""
+    return 1 if config.top_p_compress is None else config.top_p_compress // config.k_compress
 
 
 def launch(

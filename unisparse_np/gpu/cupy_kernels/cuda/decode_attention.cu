@@ -8,6 +8,7 @@
 //   3  no divisions before the first load; one thread's fences
 //   4  the first keys of a dense step are asked for while the launch before this one ends (pointers are not __restrict__: reads must
 //      not move up over the wait)
+//   5  the merge keeps more loads under way; the position is read before the wait
 //
 // Who does what: decode_work.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
 // same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
@@ -122,7 +123,7 @@ struct Cache {  // keys or values of one KV head
 DEVICE void load_keys(KeyTile& tile, const Cache& keys, Key key) {
   const int lane = threadIdx.x & 31;
   const int low = __shfl_sync(0xffffffffu, key.position, lane >> 2), high = __shfl_sync(0xffffffffu, key.position, 8 + (lane >> 2));
-  tile.load(keys.row(low), keys.row(high), lane & 3, load_past_l1);
+  tile.load(keys.row(low), keys.row(high), lane & 3);
 }
 
 DEVICE void load_values(ValueTile& tile, const Cache& values, Key key) {
@@ -184,29 +185,30 @@ DEVICE float weights_of_row(float* weights, const float2* statistics, int row, i
 
 // What each warp's thread blocks (w, w + WARPS, ..) found, weighted and summed: to sums [WARPS][ROWS][HEAD_DIM] in shared memory.
 DEVICE void merge_thread_blocks(float* sums, const float* found, const float* weights, int rows, int count) {
-  constexpr int COLUMNS = ROWS * HEAD_DIM / 4, A_LANE = (COLUMNS + 31) / 32;  // of 4 numbers
+  constexpr int ALL = ROWS * HEAD_DIM / 4, AT_ONCE = ALL < 128 ? (ALL + 31) / 32 : 4;  // columns of 4 numbers; a lane's
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, columns = rows * (HEAD_DIM / 4);
-  float4 sum[A_LANE];
+  for (int first = 0; first < columns; first += 32 * AT_ONCE) {
+    float4 sum[AT_ONCE];
 #pragma unroll
-  for (int c = 0; c < A_LANE; ++c) sum[c] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 2
-  for (int i = warp; i < count; i += WARPS) {
-    const float4* from = (const float4*)(found + (int64_t)i * ROWS * HEAD_DIM);
+    for (int c = 0; c < AT_ONCE; ++c) sum[c] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 4
+    for (int i = warp; i < count; i += WARPS) {
+      const float4* from = (const float4*)(found + (int64_t)i * ROWS * HEAD_DIM);
 #pragma unroll
-    for (int c = 0; c < A_LANE; ++c) {
-      const int column = 32 * c + lane;
-      if (column >= columns) continue;
-      const float weight = weights[column / (HEAD_DIM / 4) * gridDim.x + i];
-      const float4 x = from[column];
-      sum[c].x += weight * x.x;
-      sum[c].y += weight * x.y;
-      sum[c].z += weight * x.z;
-      sum[c].w += weight * x.w;
+      for (int c = 0; c < AT_ONCE; ++c) {
+        const int column = min(first + 32 * c + lane, columns - 1);  // past the end: a number that is not used
+        const float weight = weights[column / (HEAD_DIM / 4) * gridDim.x + i];
+        const float4 x = from[column];
+        sum[c].x += weight * x.x;
+        sum[c].y += weight * x.y;
+        sum[c].z += weight * x.z;
+        sum[c].w += weight * x.w;
+      }
     }
-  }
 #pragma unroll
-  for (int c = 0; c < A_LANE; ++c)
-    if (32 * c + lane < columns) ((float4*)(sums + warp * ROWS * HEAD_DIM))[32 * c + lane] = sum[c];
+    for (int c = 0; c < AT_ONCE; ++c)
+      if (first + 32 * c + lane < columns) ((float4*)(sums + warp * ROWS * HEAD_DIM))[first + 32 * c + lane] = sum[c];
+  }
 }
 
 // One row of the output from the warps' sums, [WARPS] apart by ROWS * HEAD_DIM; whether it is finite. One warp.
@@ -248,12 +250,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 
   let_next_launch_start();
-  if (words) wait_for_launch_before();
   Shape shape = given;
-  if (position) {
+  if (position) {  // older than the launch before this one
     shape.q_offset = *position;
     shape.k_len = shape.q_offset + shape.q_len;
   }
+  if (words) wait_for_launch_before();
   const int visible_keys = shape.causal ? shape.q_offset + shape.q_len : shape.k_len;
   const BlockMask mask = {words, shape.words_per_row, shape.heads_per_mask, ceil_div(visible_keys, shape.block_size)};
   const int anchor_tiles = words ? ceil_div(mask.visible * shape.key_anchors, TILE) : 0, tile_bits = 31 - __clz(shape.block_size / TILE);

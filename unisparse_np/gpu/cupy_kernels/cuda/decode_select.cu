@@ -5,26 +5,21 @@
 //      memory, 4 bytes for every composite key and head. decode_select: a thread block a head sums them per block, one warp selects
 //   2  the softmax of each cell of up to 16 composite keys is done where the scores are: 8 bytes a cell instead of 64; the whole
 //      thread block looks for Top-P's cut; three thread blocks a multiprocessor score
+//   3  the first closed composite keys are asked for while the launch before ends; cells are read once; Top-P's cut is found two bits
+//      at a time; all warps write the words
+//
+// Where Top-P has composites of its own, of COARSE fine ones each, a coarse key's logit is the mean of its fine keys' logits: a dot
+// product is linear. Nothing more is read for them.
 //
 // The block that the new key falls into is pooled again from the cached keys by the code of compress.cu: composites and anchors are
 // the same to the bit as when the whole prompt is pooled at once. The number of keys lies in device memory.
+#include "decode_cells.cuh"
+#include "decode_cut.cuh"
 #include "few_rows.cuh"
 #include "pool.cuh"
-#include "select_row.cuh"
 
-#define ROWS (8 * ROW_TILES)
-#define TILE 16  // composite keys
-#define CELL (KEYS_PER_BLOCK < TILE ? KEYS_PER_BLOCK : TILE)  // composite keys that are summed at once; a block has one or more
 #define SCORE_WARPS 8
-#define SELECT_WARPS 16
 #define UNIT 1073741824.f  // 2^30
-
-DEVICE Shape at_position(const Shape& given, int position) {  // the problem of one query, the last of `position + 1` keys
-  Shape shape = given;
-  shape.q_offset = position;
-  shape.k_len = position + 1;
-  return shape;
-}
 
 // Eight dims of composite query `head` from `column`: the mean of its heads as float16, as compress.cu gives it.
 DEVICE int4 composite_piece(const uint16_t* queries, int64_t q_head_stride, const Shape& shape, int head, int column) {
@@ -57,43 +52,17 @@ DEVICE void pool_open_block(Input keys, const Shape& shape, int head, int block,
                  anchors + ((int64_t)(head * members + m) * shape.num_k_blocks + block) * shape.key_anchors);
 }
 
-// From the scores of composite keys first .. first + 15 (below `stop`) with 8 rows to the cells of the rows that exist.
-DEVICE void write_cells(const float (&z)[4], int first, int stop, int rows, float2* cells, int64_t pitch, float scale_log2) {
-  constexpr int HALVES = CELL == TILE ? 1 : 2, LANES = CELL < 8 ? CELL : 8;  // cells that a lane's two keys belong to; lanes a cell
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    float logit[2], highest[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) logit[k] = highest[k] = first + g + 8 * k < stop ? z[2 * k + e] * scale_log2 : -INFINITY_F;
-    if (HALVES == 1) highest[0] = highest[1] = fmaxf(logit[0], logit[1]);
-#pragma unroll
-    for (int k = 0; k < HALVES; ++k) {
-#pragma unroll
-      for (int step = 1; step < LANES; step *= 2) highest[k] = fmaxf(highest[k], __shfl_xor_sync(0xffffffffu, highest[k], 4 * step));
-      const float base = highest[k] == -INFINITY_F ? 0.f : highest[k];
-      float sum = exp2_fast(logit[k] - base);
-      if (HALVES == 1) sum += exp2_fast(logit[1] - base);
-#pragma unroll
-      for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, 4 * step);
-      const int cell = (first + g + 8 * k) / CELL;
-      if (g % LANES == 0 && 2 * t + e < rows && cell * CELL < stop) cells[(2 * t + e) * pitch + cell] = make_float2(highest[k], sum);
-    }
-  }
-}
-
 // Grid: (1 + thread blocks that share the closed blocks, Hkc * row groups); thread block 0 pools the open block and scores it.
 // kc [Hkc, num_k_composites, d] float16, anchors [Hkv, num_k_blocks, r]: extended by the new key. cells [Hc, pitch]: the maximum of a cell's
-// logits and the sum of 2^(logit - maximum).
+// logits and the sum of 2^(logit - maximum); coarse_cells: the same of coarse keys, where COARSE is not 1.
 // Shared memory: norms [members][BLOCK_SIZE], then the rows [ROW_TILES][ROWS_BYTES].
 extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 || ROW_TILES > 1 ? 2 : 3) decode_scores(
     const uint16_t* queries, const uint16_t* keys, int64_t q_head_stride, int64_t k_head_stride, int64_t k_row_stride,
-    const Shape given, const int* position, uint16_t* kc, int* anchors, float2* cells, int64_t pitch)
+    const Shape given, const int* position, uint16_t* kc, int* anchors, float2* cells, float2* coarse_cells, int64_t pitch)
 {
   DYNAMIC_SHARED(shared);
   float* norms = (float*)shared;
   let_next_launch_start();
-  wait_for_launch_before();  // no pointer is __restrict__: reads must not move up over this
   const Shape shape = at_position(given, *position);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int heads = shape.num_composite_heads / shape.num_composite_kv_heads, groups = ceil_div(heads, ROWS);
@@ -101,29 +70,39 @@ extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 ||
   const int first_head = kv_head * heads + first_row;
   const int members = shape.num_kv_heads / shape.num_composite_kv_heads;
   const uint32_t q_rows = shared_address(shared) + 4 * members * BLOCK_SIZE;
-  for (int e = warp; e < ROW_TILES * KEY_PIECES; e += SCORE_WARPS) {
-    const int row = e / KEY_PIECES * 8 + g, column = e % KEY_PIECES * 32 + 8 * t;
-    int4 piece = make_int4(0, 0, 0, 0);
-    if (row < rows && column < HEAD_DIM) piece = composite_piece(queries, q_head_stride, shape, first_head + row, column);
-    store_shared(piece_of_rows(q_rows + e / KEY_PIECES * ROWS_BYTES, e % KEY_PIECES), piece);
-  }
-
   const int open_block = (shape.k_len - 1) / BLOCK_SIZE, per_block = BLOCK_SIZE / shape.k_compress;
   const int closed = open_block * per_block, composites = ceil_div(shape.k_len, shape.k_compress);
   const bool opens = blockIdx.x == 0;
-  if (opens) pool_open_block({keys, k_head_stride, k_row_stride}, shape, kv_head, open_block, (uint32_t*)kc, anchors, norms);
-  __syncthreads();
 
   const uint16_t* from = kc + (int64_t)kv_head * shape.num_k_composites * HEAD_DIM;
-  const int start = opens ? closed : 0, stop = opens ? composites : closed;
+  const int start = opens ? closed : 0, stop = opens ? composites : closed, tiles = ceil_div(stop - start, TILE);
   const int step = opens ? SCORE_WARPS : SCORE_WARPS * (gridDim.x - 1), first = opens ? warp : (blockIdx.x - 1) * SCORE_WARPS + warp;
   KeyTile k;
   const auto load = [&](int tile) {
     const int low = start + tile * TILE + g, high = low + 8;
-    k.load(low < stop ? from + (int64_t)low * HEAD_DIM : nullptr, high < stop ? from + (int64_t)high * HEAD_DIM : nullptr, t, load_written);
+    k.load(low < stop ? from + (int64_t)low * HEAD_DIM : nullptr, high < stop ? from + (int64_t)high * HEAD_DIM : nullptr, t);
   };
-  const int tiles = ceil_div(stop - start, TILE);
-  if (first < tiles) load(first);
+  const auto stage_queries = [&] {
+    wait_for_launch_before();  // no pointer is __restrict__: reads must not move up over this
+    for (int e = warp; e < ROW_TILES * KEY_PIECES; e += SCORE_WARPS) {
+      const int row = e / KEY_PIECES * 8 + g, column = e % KEY_PIECES * 32 + 8 * t;
+      int4 piece = make_int4(0, 0, 0, 0);
+      if (row < rows && column < HEAD_DIM) piece = composite_piece(queries, q_head_stride, shape, first_head + row, column);
+      store_shared(piece_of_rows(q_rows + e / KEY_PIECES * ROWS_BYTES, e % KEY_PIECES), piece);
+    }
+  };
+  if (opens) {
+    stage_queries();
+    pool_open_block({keys, k_head_stride, k_row_stride}, shape, kv_head, open_block, (uint32_t*)kc, anchors, norms);
+    __syncthreads();
+    if (first < tiles) load(first);
+  } else {
+    if (first < tiles) load(first);  // closed blocks, and the position, are older than the launch before this one
+    stage_queries();
+    __syncthreads();
+  }
+  cells += first_head * pitch;
+  if (COARSE != 1) coarse_cells += first_head * pitch;
   for (int tile = first; tile < tiles; tile += step) {
     float z[ROW_TILES][4];
 #pragma unroll
@@ -131,83 +110,91 @@ extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 ||
       k.multiply(z[n], q_rows + n * ROWS_BYTES, [](float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_half(d, a, b0, b1); });
     if (tile + step < tiles) load(tile + step);
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; ++n)
-      write_cells(z[n], start + tile * TILE, stop, rows - 8 * n, cells + (first_head + 8 * n) * pitch, pitch, shape.scale_log2);
+    for (int n = 0; n < ROW_TILES; ++n) {
+      const int key = start + tile * TILE;
+      const int64_t row = 8 * n * pitch;
+      to_logits(z[n], key, stop, shape.scale_log2);
+      write_cells(z[n], key, stop, rows - 8 * n, cells + row, pitch);
+      if (COARSE == 1) continue;
+      to_coarse(z[n], key, shape);
+      write_cells(z[n], key, stop, rows - 8 * n, coarse_cells + row, pitch);
+    }
   }
 }
 
-// One value a thread to one for all, by a tree that is always the same. room [SELECT_WARPS] in shared memory.
-template <class Merge> DEVICE float over_thread_block(float x, float* room, Merge merge) {
+// Step 2: each block's share of the row, to shares [visible]; maxima [visible] is used meanwhile. Every thread reads what it wrote.
+DEVICE void block_shares(float* shares, float* maxima, const float2* cells, int cells_seen, int visible, float* room) {
+  constexpr int CELLS_PER_BLOCK = KEYS_PER_BLOCK / CELL;
+  float highest = -INFINITY_F, total = 0.f;
+  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) {
+    float most = -INFINITY_F, sum = 0.f;
 #pragma unroll
-  for (int step = 16; step; step >>= 1) x = merge(x, __shfl_xor_sync(0xffffffffu, x, step));
-  __syncthreads();
-  if ((threadIdx.x & 31) == 0) room[threadIdx.x >> 5] = x;
-  __syncthreads();
-  x = room[0];
-  for (int w = 1; w < SELECT_WARPS; ++w) x = merge(x, room[w]);
-  return x;
+    for (int i = j * CELLS_PER_BLOCK; i < (j + 1) * CELLS_PER_BLOCK; ++i) {
+      if (i >= cells_seen) continue;
+      const float2 cell = cells[i];
+      const float higher = fmaxf(most, cell.x), base = higher == -INFINITY_F ? 0.f : higher;
+      sum = sum * exp2_fast(most - base) + cell.y * exp2_fast(cell.x - base);
+      most = higher;
+    }
+    shares[j] = sum;
+    maxima[j] = most;
+    highest = fmaxf(highest, most);
+  }
+  highest = over_thread_block(highest, room, [](float a, float b) { return fmaxf(a, b); });
+  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) {
+    shares[j] *= exp2_fast(maxima[j] - highest);
+    total += shares[j];
+  }
+  total = over_thread_block(total, room, [](float a, float b) { return a + b; });
+  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) shares[j] /= total;
 }
 
-struct ThreadBlockTeam {  // for cut_at; room: two rows of SELECT_WARPS numbers in shared memory
-  int first, step, turn;
-  uint32_t* room;
-  DEVICE ThreadBlockTeam(float* room) : first(threadIdx.x), step(32 * SELECT_WARPS), turn(0), room((uint32_t*)room) {}
-  DEVICE uint32_t gather(uint32_t of_warp) {  // in lane w what warp w gave
-    turn ^= SELECT_WARPS;
-    if ((threadIdx.x & 31) == 0) room[turn + (threadIdx.x >> 5)] = of_warp;
-    __syncthreads();
-    return (threadIdx.x & 31) < SELECT_WARPS ? room[turn + (threadIdx.x & 31)] : 0;
-  }
-  DEVICE uint32_t sum(uint32_t x) { return __reduce_add_sync(0xffffffffu, gather(__reduce_add_sync(0xffffffffu, x))); }
-  DEVICE uint32_t max(uint32_t x) { return __reduce_max_sync(0xffffffffu, gather(__reduce_max_sync(0xffffffffu, x))); }
-};
-
-// Grid: Hc. cells [Hc, pitch] as decode_scores writes them -> words [Hc, words_per_row], counts [Hc].
-// Shared memory: {block sums [32 * words_per_row], the same in units}, then 2 * SELECT_WARPS numbers.
+// Grid: Hc. cells [Hc, pitch] as decode_scores writes them, coarse_cells null where COARSE is 1 -> words [Hc, words_per_row], counts [Hc].
+// Shared memory: block shares [32 * words_per_row], the same of coarse keys where there are any, units [32 * words_per_row], ties
+// [words_per_row], then 6 * SELECT_WARPS numbers.
 extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
-    const float2* cells, int64_t pitch, const double* top_p, const float* row_threshold, const Shape given,
+    const float2* cells, const float2* coarse_cells, int64_t pitch, const double* top_p, const float* row_threshold, const Shape given,
     const int* position, uint32_t* words, int* counts)
 {
   DYNAMIC_SHARED(shared);
-  constexpr int CELLS_PER_BLOCK = KEYS_PER_BLOCK / CELL;
   let_next_launch_start();
-  const double share = top_p ? top_p[blockIdx.x] : 0.0;
-  const Shape shape = at_position(given, *position);
+  const Shape shape = at_position(given, *position);  // older than the launch before this one, as the rules are
+  const int head = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, blocks = 32 * shape.words_per_row;
+  const double share = top_p ? top_p[head] : 0.0;
+  const int visible = ceil_div(shape.k_len, BLOCK_SIZE), cells_seen = ceil_div(ceil_div(shape.k_len, shape.k_compress), CELL);
+  float* peak = (float*)shared;  // there is one query: a block's mean and its peak are one and the same, if composites are
+  float* mean = COARSE == 1 ? peak : peak + blocks;
+  uint32_t* units = (uint32_t*)(mean + blocks);
+  uint32_t* ties = units + blocks;
+  uint32_t* room = ties + shape.words_per_row;
   wait_for_launch_before();
-  const int head = blockIdx.x, composites = ceil_div(shape.k_len, shape.k_compress), visible = ceil_div(shape.k_len, BLOCK_SIZE);
-  const int cells_seen = ceil_div(composites, CELL);
-  float* sums = (float*)shared;
-  uint32_t* units = (uint32_t*)(sums + 32 * shape.words_per_row);
-  float* room = (float*)(units + 32 * shape.words_per_row);
-  cells += head * pitch;
-
-  // Step 2: the row's maximum, then each block's sum and that of all
-  float highest = -INFINITY_F, total = 0.f;
-  for (int i = threadIdx.x; i < cells_seen; i += 32 * SELECT_WARPS) highest = fmaxf(highest, cells[i].x);
-  highest = over_thread_block(highest, room, [](float a, float b) { return fmaxf(a, b); });
-  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = j * CELLS_PER_BLOCK; i < (j + 1) * CELLS_PER_BLOCK; ++i)
-      if (i < cells_seen) sum += cells[i].y * exp2_fast(cells[i].x - highest);
-    sums[j] = sum;
-    total += sum;
-  }
-  total = over_thread_block(total, room, [](float a, float b) { return a + b; });
-
-  // Step 3: there is one composite query, so that a block's mean and its peak are one and the same
-  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) {
-    sums[j] /= total;
-    units[j] = as_handed_out((uint32_t)__float2int_rn(sums[j] * UNIT));
-  }
+  block_shares(peak, (float*)units, cells + head * pitch, cells_seen, visible, (float*)room);
+  if (COARSE != 1) block_shares(mean, (float*)units, coarse_cells + head * pitch, cells_seen, visible, (float*)room);
+  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) units[j] = as_handed_out((uint32_t)__float2int_rn(mean[j] * UNIT));
   __syncthreads();
+  const Row row(top_p ? units : nullptr, peak, row_threshold ? row_threshold + head : nullptr, shape, 0);
   Cut cut = {0, 0};
   if (top_p) {
-    ThreadBlockTeam team(room);
-    cut = cut_at(share, units, visible, team);
+    cut = cut_of_row(share, units, visible, room);
+    for (int w = warp; w < shape.words_per_row; w += SELECT_WARPS) {
+      const uint32_t equal = row.ties(w, cut);
+      if (lane == 0) ties[w] = __popc(equal);
+    }
+    __syncthreads();
   }
-  if (threadIdx.x >= 32) return;
-  const int count = select_row(top_p ? units : nullptr, cut, sums, row_threshold ? row_threshold + head : nullptr, shape, 0,
-                               words + (int64_t)head * shape.words_per_row);
-  if (threadIdx.x == 0) counts[head] = count;
+  uint32_t count[1] = {0};
+  for (int w = warp; w < shape.words_per_row; w += SELECT_WARPS) {
+    uint32_t before = 0;
+    for (int i = lane; top_p && i < w; i += 32) before += ties[i];
+    before = __reduce_add_sync(0xffffffffu, before);
+    const uint32_t word = row.word(w, {cut.threshold, cut.ties - min(cut.ties, before)});
+    if (lane == 0) {
+      words[(int64_t)head * shape.words_per_row + w] = word;
+      count[0] += __popc(word);
+    }
+  }
+  int turn = 0;
+  __syncthreads();
+  sum_over_thread_block(count, room, turn);
+  if (threadIdx.x == 0) counts[head] = count[0];
 }

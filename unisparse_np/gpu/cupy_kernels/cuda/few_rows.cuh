@@ -19,19 +19,17 @@ DEVICE uint32_t piece_of_rows(uint32_t rows, int i) { return rows + (32 * i + (t
 
 DEVICE int word_of(const int4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
-DEVICE int4 load_written(const void* p) { return *(const int4*)p; }  // 16 bytes that this kernel may have written
-
 struct KeyTile {
   int4 low[KEY_PIECES], high[KEY_PIECES];  // of keys g and g + 8
 
-  // Rows of keys g and g + 8; null for a key that nobody sees, which is zero then. `from` loads 16 bytes: load_past_l1 or load_written.
-  template <class Load> DEVICE void load(const uint16_t* key_low, const uint16_t* key_high, int t, Load from) {
+  // Rows of keys g and g + 8; null for a key that nobody sees, which is zero then.
+  DEVICE void load(const uint16_t* key_low, const uint16_t* key_high, int t) {
 #pragma unroll
     for (int i = 0; i < KEY_PIECES; ++i) {
       low[i] = high[i] = make_int4(0, 0, 0, 0);
       if (32 * i + 8 * t >= HEAD_DIM) continue;
-      if (key_low) low[i] = from(key_low + 32 * i + 8 * t);
-      if (key_high) high[i] = from(key_high + 32 * i + 8 * t);
+      if (key_low) low[i] = load_past_l1(key_low + 32 * i + 8 * t);
+      if (key_high) high[i] = load_past_l1(key_high + 32 * i + 8 * t);
     }
   }
   // z[e]: key g, row 2 t + e; z[2 + e]: key g + 8. `product` is mma or mma_half; the 8 rows lie in shared memory.

@@ -62,27 +62,45 @@ template <class Team> DEVICE Cut cut_at(double share, const uint32_t* scores, in
   return {threshold, threshold ? (wanted - above + threshold - 1) / threshold : 0};
 }
 
+struct Row {  // one query block's part of steps 4-5
+  const uint32_t* scores;      // [visible] in shared memory, null where Top-P is off
+  const float* peak;           // [visible]
+  const float* row_threshold;  // null where that rule is off
+  int visible, sink_stop, local_start;
+
+  DEVICE Row(const uint32_t* scores, const float* peak, const float* row_threshold, const Shape& shape, int q_block)
+      : scores(scores), peak(peak), row_threshold(row_threshold), visible(visible_blocks(shape, q_block)) {
+    sink_stop = min(shape.sink_blocks, visible);
+    local_start = shape.causal ? max(0, (shape.q_offset + q_block * shape.block_size) / shape.block_size - shape.local_blocks) : visible;
+  }
+  // Which of the blocks 32 w .. 32 w + 31 have the threshold's score, a bit each.
+  DEVICE uint32_t ties(int w, Cut cut) const {
+    const int j = 32 * w + (threadIdx.x & 31);
+    return __ballot_sync(0xffffffffu, j < visible && scores[j] == cut.threshold);
+  }
+  // Which of them are kept, by one warp; ties: how many of those with the threshold's score.
+  DEVICE uint32_t word(int w, Cut cut) const {
+    const int lane = threadIdx.x & 31, j = 32 * w + lane;
+    bool keep = j < sink_stop || j >= local_start;
+    if (scores) {
+      const uint32_t score = j < visible ? scores[j] : 0, before = __popc(ties(w, cut) & ((1u << lane) - 1));
+      keep |= score > cut.threshold || (score == cut.threshold && before < cut.ties);
+    }
+    if (row_threshold && j < visible) keep |= peak[j] > *row_threshold;
+    return __ballot_sync(0xffffffffu, keep && j < visible);
+  }
+};
+
 // Steps 4-5, by one warp: writes words [words_per_row] of query block q_block and returns how many blocks it keeps. scores: in shared
 // memory, null where Top-P is off; peak [visible] and row_threshold: null where that rule is off.
 DEVICE int select_row(const uint32_t* scores, Cut cut, const float* peak, const float* row_threshold, const Shape& shape, int q_block,
                       uint32_t* words) {
-  const int lane = threadIdx.x & 31, visible = visible_blocks(shape, q_block);
-  const int sink_stop = min(shape.sink_blocks, visible);
-  const int local_start = shape.causal ? max(0, (shape.q_offset + q_block * shape.block_size) / shape.block_size - shape.local_blocks) : visible;
+  const Row row(scores, peak, row_threshold, shape, q_block);
   int count = 0;
   for (int w = 0; w < shape.words_per_row; ++w) {
-    const int j = 32 * w + lane;
-    bool keep = j < sink_stop || j >= local_start;
-    if (scores) {
-      const uint32_t score = j < visible ? scores[j] : 0;
-      const uint32_t equal = __ballot_sync(0xffffffffu, j < visible && score == cut.threshold);
-      const uint32_t before = __popc(equal & ((1u << lane) - 1));
-      keep |= score > cut.threshold || (score == cut.threshold && before < cut.ties);
-      cut.ties -= min(cut.ties, (uint32_t)__popc(equal));
-    }
-    if (row_threshold && j < visible) keep |= peak[j] > *row_threshold;
-    const uint32_t word = __ballot_sync(0xffffffffu, keep && j < visible);
-    if (lane == 0) words[w] = word;
+    const uint32_t word = row.word(w, cut);
+    if (scores) cut.ties -= min(cut.ties, (uint32_t)__popc(row.ties(w, cut)));
+    if ((threadIdx.x & 31) == 0) words[w] = word;
     count += __popc(word);
   }
   return count;
