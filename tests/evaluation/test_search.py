@@ -66,6 +66,19 @@ def test_the_bound_is_met_on_the_dot() -> None:
     assert fit.exponent == pytest.approx(1.2, rel=0.02)
 
 
+def test_both_rules_are_found_where_they_are_best() -> None:
+    """A model that forgives a loose Top-P where a fine row threshold stands beside it."""
+
+    class Forgiving(MadeUpModel):
+        def loss(self, config: UniSparseConfig) -> float:
+            return super().loss(config) * (0.2 if config.top_p_compress is not None and config.k_compress == 2 else 1)
+
+    best = Search(Forgiving(composites_best=(4, 2)), 0.02, LAYERS).run()[0]
+    assert (best.kind.rule, best.kind.block_size, best.kind.q_compress, best.kind.k_compress) == ("both", 64, 4, 2)
+    table = fits_table([best], 0.02)
+    assert "both" in table and f"{(1 / 8 + 1 / 64) / 2:.3f}" in table
+
+
 def test_sensitive_layers_get_less_looseness_where_that_pays() -> None:
     search = Search(MadeUpModel([4.0] * 4 + [0.2] * 8), 0.02, LAYERS)
     per_layer = search.run()[0]
@@ -140,6 +153,9 @@ def test_kinds_become_configs() -> None:
     assert precise.attention(0.02) == UniSparseConfig.precise()
     layers = precise.with_factors([0.5, 2.0]).attention(0.02)
     assert [layer.row_threshold for layer in layers] == [0.01, 0.04]  # type: ignore[union-attr]
+    both = Kind(64, 4, 2, rule="both")
+    assert both.attention(0.05) == UniSparseConfig(64, 4, 2, top_p=0.95, row_threshold=0.02, top_p_compress=8)
+    assert Kind(128, 16, 16, rule="both").config(0.1) == UniSparseConfig(128, 16, 16, top_p=0.9, row_threshold=0.04, top_p_compress=16)
     assert Kind().value(0.9) == 0.5 and precise.value(1e-9) == 0.0005  # inside their ranges
 
 

@@ -53,9 +53,9 @@ def tune(
 ) -> None:  # fmt: skip
     """Find the cheapest attention config that keeps a model within a loss, and write it to unisparse.json beside the model.
 
-    Block size, rule (Top-P or row threshold) and its value, composite sizes, anchors, and values per layer where they pay.
+    Block size, rule (Top-P, row threshold or both) and its value, composite sizes, anchors, and values per layer where they pay.
     Windows that the search has not seen decide. generate, audit and eval then use it without being told. Each probe is a
-    prefill of all windows, and there are about 30: expect minutes for a small model, hours for a large one on a CPU.
+    prefill of all windows, and there are about 35: expect minutes for a small model, hours for a large one on a CPU.
 
     \b
     unisparse-np tune -m models/smollm2 --text book.txt --max-kl 0.02

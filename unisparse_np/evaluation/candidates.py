@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -9,26 +10,34 @@ from typing import Literal, NamedTuple
 from ..config import UniSparseConfig
 from .probe import Probe
 
-Rule = Literal["top_p", "row_threshold"]
+Rule = Literal["top_p", "row_threshold", "both"]
 
 
 class Range(NamedTuple):
-    """Where looseness may go, where a search starts, and the exponent that is assumed before two probes tell:
-    KL grows about as looseness to this power."""
+    """Where looseness may go, where a search starts, the exponent that is assumed before two probes tell (KL grows about as
+    looseness to this power), and the composites (c_q, c_k) of the first kind."""
 
     lowest: float
     start: float
     highest: float
     exponent: float
+    composites: tuple[int, int] = (8, 8)
 
 
-RANGES: dict[Rule, Range] = {"top_p": Range(0.001, 0.05, 0.5, 1.0), "row_threshold": Range(0.0005, 0.02, 0.3, 1.4)}
+RANGES: dict[Rule, Range] = {
+    "top_p": Range(0.001, 0.05, 0.5, 1.0),
+    "row_threshold": Range(0.0005, 0.02, 0.3, 1.4),
+    "both": Range(0.001, 0.05, 0.5, 1.0, composites=(4, 2)),
+}
+THRESHOLD_OF_BOTH = 0.4  # tau over 1 - P, where both rules are on: P 0.95 goes with tau 0.02
+COARSE = 8  # top_p_compress of both rules, or what finer composites fit into
 
 
 @dataclass(frozen=True)
 class Kind:
     """Everything of a config but the strictness of its rule. Looseness is 1 - P, or tau; more of it drops more blocks.
 
+    With both rules looseness is 1 - P, tau goes with it, and Top-P reads coarse composites (top_p_compress).
     factors: one a layer, by which its looseness differs from the common one; None: all layers alike.
     """
 
@@ -42,27 +51,30 @@ class Kind:
     def attention(self, looseness: float) -> UniSparseConfig | list[UniSparseConfig]:
         """The config, or one a layer."""
         if self.factors is None:
-            return self._config(looseness)
-        return [self._config(looseness * factor) for factor in self.factors]
+            return self.config(looseness)
+        return [self.config(looseness * factor) for factor in self.factors]
 
     def value(self, looseness: float) -> float:
         """P or tau, to three digits of looseness, inside its range."""
         limits = RANGES[self.rule]
         rounded = float(f"{min(max(looseness, limits.lowest), limits.highest):.3g}")
-        return round(1 - rounded, 6) if self.rule == "top_p" else rounded
+        return rounded if self.rule == "row_threshold" else round(1 - rounded, 6)
 
     def with_factors(self, factors: Sequence[float]) -> Kind:
         return replace(self, factors=tuple(factors))
 
-    def _config(self, looseness: float) -> UniSparseConfig:
+    def config(self, looseness: float) -> UniSparseConfig:
+        """The config of a layer."""
         value = self.value(looseness)
+        threshold = float(f"{THRESHOLD_OF_BOTH * (1 - value):.3g}") if self.rule == "both" else value
         return UniSparseConfig(
             block_size=self.block_size,
             q_compress=self.q_compress,
             k_compress=self.k_compress,
             key_anchors=self.key_anchors,
-            top_p=value if self.rule == "top_p" else None,
-            row_threshold=value if self.rule == "row_threshold" else None,
+            top_p=None if self.rule == "row_threshold" else value,
+            row_threshold=None if self.rule == "top_p" else threshold,
+            top_p_compress=math.lcm(COARSE, self.q_compress, self.k_compress) if self.rule == "both" else None,
         )
 
 

@@ -43,9 +43,9 @@ class Search:
 
     def run(self) -> list[Fit]:
         """Every fit, the cheapest first; those that cannot keep the bound come last."""
-        for rule in RANGES:
+        for rule, limits in RANGES.items():
             for block_size in (128, 64):
-                self.fit(Kind(block_size=block_size, rule=rule))
+                self.fit(Kind(block_size, *limits.composites, rule=rule))
         for q_compress, k_compress in COMPOSITES:
             self.fit(replace(self.best.kind, q_compress=q_compress, k_compress=k_compress))
         for anchors in ANCHORS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import UniSparseConfig
 from ..model.llama import Attention
 from .candidates import Fit
 from .cost import selection_share
@@ -19,6 +18,7 @@ def plain_fit(fit: Fit) -> dict[str, Any]:
     """A fit as plain JSON values."""
     return {
         "block_size": fit.kind.block_size, "q_compress": fit.kind.q_compress, "k_compress": fit.kind.k_compress,
+        "top_p_compress": fit.kind.config(fit.looseness).top_p_compress,
         "key_anchors": fit.kind.key_anchors, "rule": fit.kind.rule, "value": fit.kind.value(fit.looseness),
         "layer_factors": fit.kind.factors, "keeps_the_bound": fit.reaches, "density": fit.density, "cost": fit.cost,
         "probes": [{"value": fit.kind.value(trial.looseness), "kl": trial.probe.kl, "cost": trial.probe.cost} for trial in fit.trials],
@@ -39,7 +39,7 @@ def fits_table(fits: Sequence[Fit], max_kl: float) -> str:
     rows = []
     for fit in fits:
         kind = fit.kind
-        selection = selection_share(UniSparseConfig(block_size=kind.block_size, q_compress=kind.q_compress, k_compress=kind.k_compress))
+        selection = selection_share(kind.config(fit.looseness))
         figures = (f"{kind.value(fit.looseness):.4g}", f"{fit.density:.3f}", f"{fit.cost:.3f}")
         value, density, cost = figures if fit.reaches else ("-", "-", f"KL {min(t.probe.kl for t in fit.trials):.4f}")
         rows.append(
