@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,13 @@ import cupy
 import ml_dtypes
 import numpy as np
 
+from unisparse_np.gpu.cupy_kernels.plan import plan_of
 from unisparse_np.gpu.cupy_kernels.products import product
+from unisparse_np.gpu.cupy_kernels.run import _select
+from unisparse_np.problem import Problem
+
+SCRATCH_BYTES = 1 << 29
+WARM_UP_CALLS, TIMED_CALLS = 3, 23
 
 
 class DeviceTimes:
@@ -43,6 +50,23 @@ class DeviceTimes:
     def seconds(self) -> dict[str, float]:
         cupy.cuda.Device().synchronize()
         return {kind: sum(cupy.cuda.get_elapsed_time(*pair) for pair in pairs) / 1e3 for kind, pairs in self.events.items()}
+
+
+def selection_ms(q: Any, k: Any, problem: Problem) -> float:
+    """Median milliseconds of steps 1-5 as a whole call runs them, the L2 cold. q [Hq, L, d], k [Hkv, L, d], 16 bits."""
+    plan = plan_of(problem)
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    scratch = cupy.empty(SCRATCH_BYTES, np.uint8)
+
+    def once() -> float:
+        scratch.fill(0)  # the host prepares the launches meanwhile
+        start.record()
+        _select(q, k, plan, None, False, None)
+        stop.record()
+        stop.synchronize()
+        return cupy.cuda.get_elapsed_time(start, stop)
+
+    return statistics.median([once() for _ in range(TIMED_CALLS)][WARM_UP_CALLS:])
 
 
 def matrix_ceiling() -> float:

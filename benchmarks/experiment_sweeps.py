@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from common import NEEDLE_LLAMA, SMOLLM2
 from experiment_plots import Experiment, Panel
-from losses import Row, Window, answer, questions, text_windows
+from losses import Row, answers, questions, text_windows, window_losses
+from workers import in_processes
 
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import score_blocks
@@ -63,36 +64,29 @@ def measure(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
 def text_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
     """SmolLM2: means over the windows."""
     model, tokenizer = load(str(SMOLLM2), backend=options.backend)
-    losses: dict[str, list[dict[str, float]]] = {value: [] for value in sweep.text}
-    for _, _, token_ids in text_windows(tokenizer, options.length, options.windows):
-        window = Window(model, token_ids)
-        for value, config in sweep.text.items():
-            losses[value].append(window.loss(config))
-    shape = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
+    jobs = [(token_ids, sweep.text) for _, _, token_ids in text_windows(tokenizer, options.length, options.windows)]
+    losses = list(in_processes(window_losses, jobs, str(SMOLLM2), options.backend, options.workers))
     return [
         {
-            "model": "SmolLM2", sweep.setting: value, **{key: mean_of(found, key) for key in found[0]},
-            **selection_cost(sweep.text[value], *shape, options.length, model),
+            "model": "SmolLM2", sweep.setting: value, **{key: mean_of([of[value] for of in losses], key) for key in losses[0][value]},
+            "selection": selection_share(config), "selection_ms": selection_ms(config, options.length, model),
         }
-        for value, found in losses.items()
+        for value, config in sweep.text.items()
     ]  # fmt: skip
 
 
 def needle_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
     """needle-llama: share of dense accuracy over the questions."""
-    model, tokenizer = load(str(NEEDLE_LLAMA), backend=options.backend)
     configs: dict[str, Any] = {"dense": "dense", **(sweep.needles or sweep.text)}
-    answers: dict[str, list[dict[str, float]]] = {value: [] for value in configs}
-    for _, example in questions(options.length, options.questions):
-        for value, config in configs.items():
-            answers[value].append(answer(model, tokenizer, example, config))
-    dense = mean_of(answers.pop("dense"), "score")
+    jobs = [(example, configs) for _, example in questions(options.length, options.questions)]
+    found = list(in_processes(answers, jobs, str(NEEDLE_LLAMA), options.backend, options.workers))
+    dense = mean_of([of.pop("dense") for of in found], "score")
     return [
         {
-            "model": "needle-llama", sweep.setting: value, "share_of_dense": mean_of(found, "score") / dense,
-            "density": mean_of(found, "density"), "selection": selection_share(configs[value]),
+            "model": "needle-llama", sweep.setting: value, "share_of_dense": mean_of([of[value] for of in found], "score") / dense,
+            "density": mean_of([of[value] for of in found], "density"), "selection": selection_share(configs[value]),
         }
-        for value, found in answers.items()
+        for value in found[0]
     ]  # fmt: skip
 
 
@@ -100,22 +94,25 @@ def mean_of(rows: list[dict[str, float]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
-def selection_cost(config: UniSparseConfig, heads: int, kv_heads: int, head_dim: int, length: int, model: Any) -> Row:
-    """The share of dense attention's products, and the measured milliseconds of one layer's steps 1-5 on random data."""
-    engine = model.backend
-    problem = Problem(heads, kv_heads, length, length, head_dim, config)
+def selection_ms(config: UniSparseConfig, length: int, model: Any) -> float:
+    """Median milliseconds of steps 1-5 of one layer on random data: of the device's time where there is one."""
+    engine, of = model.backend, model.config
+    problem = Problem(of.num_attention_heads, of.num_key_value_heads, length, length, of.head_dim, config)
     rng = np.random.default_rng(0)
     q, k = (
-        engine.from_any("input", rng.standard_normal((h, length, head_dim), dtype=np.float32).astype(model.forward.dtype))
-        for h in (heads, kv_heads)
+        engine.from_any("input", rng.standard_normal((heads, length, of.head_dim), dtype=np.float32).astype(model.forward.dtype))
+        for heads in (of.num_attention_heads, of.num_key_value_heads)
     )
+    if engine.name == "cupy":
+        from device_times import selection_ms  # needs CuPy
+
+        return selection_ms(q, k, problem)
 
     def select() -> Any:
         return engine.select_blocks(*score_blocks(q, k, problem, engine), problem)
 
-    seconds(select, engine)  # compiles, and fills caches
-    times = [seconds(select, engine) for _ in range(TIMED_CALLS)]
-    return {"selection": selection_share(config), "selection_ms": 1e3 * statistics.median(times)}
+    seconds(select, engine)  # fills caches
+    return 1e3 * statistics.median(seconds(select, engine) for _ in range(TIMED_CALLS))
 
 
 def sweep_panels(setting: str, rows: list[Row]) -> list[Panel]:

@@ -25,7 +25,7 @@ from typing import Any
 import experiment_attention
 import experiment_needles
 import experiment_sweeps
-from common import RESULTS, ROOT, stamp, write_result
+from common import RESULTS, ROOT, stamp_of_backend, write_result
 from experiment_plots import draw
 
 EXPERIMENTS = {
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1, help="of each kind of text")
     parser.add_argument("--questions", type=int, default=28, help="of needle-llama's tasks")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
+    parser.add_argument("--workers", type=int, default=1, help="windows and questions measured at once, each in a process of its own")
     parser.add_argument("--plot-only", action="store_true", help="draw what was measured before")
     parser.add_argument("--no-plot", action="store_true")
     options = parser.parse_args()
@@ -62,8 +63,7 @@ def measured(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
     """The rows, with where they come from."""
     for row in rows:
         print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
-    libraries = () if options.backend == "reference" else ("cupy-cuda13x",)
-    return {"stamp": stamp(*libraries), "length": options.length, "backend": options.backend, "rows": rows}
+    return {"stamp": stamp_of_backend(options.backend), "length": options.length, "backend": options.backend, "rows": rows}
 
 
 if __name__ == "__main__":

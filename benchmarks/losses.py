@@ -59,6 +59,13 @@ class Window:
                 yield self._model.forward.head(hidden[row : row + ROWS_AT_ONCE])
 
 
+def window_losses(model: Any, tokenizer: Any, job: tuple[list[int], dict[str, Any]]) -> dict[str, Row]:
+    """(token ids of a window, attentions by name) -> the loss of each; work for `in_processes`."""
+    token_ids, attentions = job
+    window = Window(model, token_ids)
+    return {name: window.loss(attention) for name, attention in attentions.items()}
+
+
 def log_softmax(logits: Any, xp: Any) -> Any:
     """[T, vocab] float32, in place."""
     logits -= logits.max(axis=1, keepdims=True)
@@ -112,3 +119,9 @@ def answer(model: Any, tokenizer: Any, example: tuple, attention: Any) -> dict[s
     assert statistics is not None
     text = "".join(piece.text for piece in pieces)
     return {"score": needle_tasks().score(text, references, any_one), "density": statistics.density_mean}
+
+
+def answers(model: Any, tokenizer: Any, job: tuple[tuple, dict[str, Any]]) -> dict[str, Row]:
+    """(question, attentions by name) -> the answer of each; work for `in_processes`."""
+    example, attentions = job
+    return {name: answer(model, tokenizer, example, attention) for name, attention in attentions.items()}

@@ -1,4 +1,4 @@
-"""Does sparse prefill lose needles? needle-llama on its own tasks, dense against the three presets.
+"""Does sparse prefill lose needles? needle-llama on its own tasks, dense against the presets.
 
     python benchmarks/needle_accuracy.py --lengths 2048 4096 8192 --questions 210
 
@@ -12,19 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from typing import Any
 
-from common import NEEDLE_LLAMA, RESULTS, stamp, write_result
+from common import NEEDLE_LLAMA, RESULTS, stamp_of_backend, write_result
 from losses import QUESTION_SEED, answer, questions
+from workers import in_processes
 
-from unisparse_np import UniSparseConfig
-from unisparse_np.model.loading import load
+from unisparse_np.config import PRESETS
 
-CONFIGS = {"dense": "dense", "default": UniSparseConfig(), "paper": UniSparseConfig.paper(), "precise": UniSparseConfig.precise()}
+CONFIGS: dict[str, Any] = {"dense": "dense"} | {name: preset() for name, preset in PRESETS.items()}
 ANSWERS = RESULTS / "needle_accuracy.jsonl"
 
 
@@ -33,6 +30,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--questions", type=int, default=210, help="per length, spread over the tasks")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
     parser.add_argument("--workers", type=int, default=1, help="questions asked at once, each in a process of its own")
     options = parser.parse_args()
     done = read_answers()
@@ -41,35 +39,27 @@ def main() -> None:
         for length in options.lengths
         for n, (task, example) in enumerate(questions(length, options.questions))
     ]
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for count, records in enumerate(pool.map(answer_question, jobs), start=1):
-            done |= {(r["length"], r["question"], r["config"]): r for r in records}
-            with ANSWERS.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-            if count % 10 == 0:
-                print(f"{count} of {len(jobs)} questions", flush=True)
+    jobs = [job for job in jobs if job[-1]]
+    found = in_processes(answer_question, jobs, str(NEEDLE_LLAMA), options.backend, options.workers)
+    for count, records in enumerate(found, start=1):
+        done |= {(r["length"], r["question"], r["config"]): r for r in records}
+        with ANSWERS.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        if count % 10 == 0:
+            print(f"{count} of {len(jobs)} questions", flush=True)
     records = [r for r in done.values() if r["length"] in options.lengths and r["question"] < options.questions]
     summary = summarise(records)
-    path = write_result(
-        "needle_accuracy",
-        {"stamp": stamp("tokenizers"), "seed": QUESTION_SEED, "model": "examples/needle-llama", "decode": "dense", **summary},
-    )
+    where = {"stamp": stamp_of_backend(options.backend), "backend": options.backend}
+    path = write_result("needle_accuracy", {**where, "seed": QUESTION_SEED, "model": "examples/needle-llama", "decode": "dense", **summary})
     for row in summary["rows"]:
         kept = f"{row['accuracy']:.3f} ± {row['interval_95']:.3f}, {row['share_of_dense']:.3f} of dense"
         print(f"{row['length']:6d} {row['config']:8s} {kept}, density {row['density']:.3f}")
     print(path)
 
 
-@lru_cache(maxsize=1)
-def loaded() -> tuple[Any, Any]:
-    """The model and its tokenizer, once a process."""
-    return load(str(NEEDLE_LLAMA), backend="reference")
-
-
-def answer_question(job: tuple[int, int, str, tuple, list[str]]) -> list[dict[str, Any]]:
+def answer_question(model: Any, tokenizer: Any, job: tuple[int, int, str, tuple, list[str]]) -> list[dict[str, Any]]:
     """One question under several configs -> a record of score and density for each."""
     length, n, task, example, names = job
-    model, tokenizer = loaded()
     return [
         {"length": length, "question": n, "task": task, "config": name, **answer(model, tokenizer, example, CONFIGS[name])}
         for name in names

@@ -1,4 +1,4 @@
-"""What does sparse prefill change in a real model's predictions? SmolLM2, the three presets against dense attention.
+"""What does sparse prefill change in a real model's predictions? SmolLM2, the presets against dense attention.
 
     make smollm2 && python benchmarks/smollm2_quality.py --length 4096 --windows 4
 
@@ -13,13 +13,14 @@ import argparse
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, stamp, write_result
-from losses import Window, text_windows
+from common import SMOLLM2, stamp_of_backend, write_result
+from losses import text_windows, window_losses
+from workers import in_processes
 
-from unisparse_np import UniSparseConfig
-from unisparse_np.model.loading import load
+from unisparse_np.config import PRESETS as MAKERS
+from unisparse_np.model.tokenizer import Tokenizer
 
-PRESETS = {"default": UniSparseConfig(), "paper": UniSparseConfig.paper(), "precise": UniSparseConfig.precise()}
+PRESETS = {name: preset() for name, preset in MAKERS.items()}
 
 
 def main() -> None:
@@ -27,21 +28,29 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens, a multiple of 1,024")
     parser.add_argument("--windows", type=int, default=4, help="of each kind of text")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
+    parser.add_argument("--workers", type=int, default=1, help="windows read at once, each in a process of its own")
     options = parser.parse_args()
-    model, tokenizer = load(str(SMOLLM2), backend=options.backend)
+    jobs = [
+        (kind, start, token_ids) for kind, start, token_ids in text_windows(Tokenizer.from_folder(SMOLLM2), options.length, options.windows)
+    ]
     windows = []
-    for kind, start, token_ids in text_windows(tokenizer, options.length, options.windows):
-        window = Window(model, token_ids)
-        presets = {name: window.loss(config) for name, config in PRESETS.items()}
-        windows.append({"text": kind, "start": start, "presets": presets})
-        print(kind, start, *(f"{name} KL {row['kl']:.4f} density {row['density']:.3f}" for name, row in presets.items()), flush=True)
-    libraries = () if options.backend == "reference" else ("cupy-cuda13x",)
+    for window in in_processes(read_window, jobs, str(SMOLLM2), options.backend, options.workers):
+        windows.append(window)
+        shown = (f"{name} KL {row['kl']:.4f} density {row['density']:.3f}" for name, row in window["presets"].items())
+        print(window["text"], window["start"], *shown, flush=True)
+    windows.sort(key=lambda window: (window["text"], window["start"]))
     result = {
-        "stamp": stamp(*libraries), "model": "SmolLM2-135M-Instruct, from its Q4_1 GGUF", "length": options.length,
+        "stamp": stamp_of_backend(options.backend), "model": "SmolLM2-135M-Instruct, from its Q4_1 GGUF", "length": options.length,
         "texts": {"prose": "the Python language reference (pydoc_data.topics)", "code": "modules of Python's standard library"},
         "presets": {kind: averages(windows, kind) for kind in ("all", "prose", "code")}, "windows": windows,
     }  # fmt: skip
     print(write_result(f"smollm2_quality_{options.length}", result))
+
+
+def read_window(model: Any, tokenizer: Any, job: tuple[str, int, list[int]]) -> dict[str, Any]:
+    """One window under every preset."""
+    kind, start, token_ids = job
+    return {"text": kind, "start": start, "presets": window_losses(model, tokenizer, (token_ids, PRESETS))}
 
 
 def averages(windows: list[dict[str, Any]], kind: str) -> dict[str, dict[str, float]]:
