@@ -5,6 +5,7 @@ Few and small problems here, each made to hit what could go wrong; -m slow has m
 
 import shutil
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,16 @@ HALF_BLOCKS_256 = Problem(1, 1, 270, 520, 64, UniSparseConfig(256, 16, 16, top_p
 SMALL_BLOCKS = Problem(2, 1, 300, 1000, 64, UniSparseConfig(128, 32, 32, top_p=0.5, row_threshold=0.1))  # 4 composites each
 # The first 64 composite queries of a block see one tile of 128 composite keys, the others two.
 SPLIT_TILES = Problem(1, 1, 256, 1200, 64, UniSparseConfig(256, 2, 8, top_p=0.5, row_threshold=0.05), q_offset=870)
+# Each rule of step 4 reads composites of its own; the ends of q and k fall inside a coarse and a fine one.
+TWO_SIZES = Problem(
+    2,
+    1,
+    69,
+    235,
+    64,
+    UniSparseConfig(64, 4, 2, top_p=0.3, row_threshold=0.1, sink_blocks=0, local_blocks=0, top_p_compress=8),
+    q_offset=131,
+)
 
 
 def inputs(problem, dtype, seed=0):
@@ -90,6 +101,32 @@ def test_the_merger_selects_what_the_selection_of_its_own_selects():
         q, k, v = (sys.modules["cupy"].asarray(x) for x in inputs(SMALL_BLOCKS, np.float16, seed=3))
         mean, peak = backend.score_blocks(*(x.astype(np.float16) for x in backend.compress(q, k, SMALL_BLOCKS)), SMALL_BLOCKS)
         np.testing.assert_array_equal(backend.run_sparse(q, k, v, SMALL_BLOCKS)[1].mask, backend.select_blocks(mean, peak, SMALL_BLOCKS))
+
+
+@pytest.mark.parametrize(("capability", "score"), [("80", "score_blocks"), ("90", "merge_scores")])
+def test_composites_of_its_own_for_top_p(capability, score):
+    launched = check(TWO_SIZES, capability, ml_dtypes.bfloat16)
+    assert launched[:2] == ["compress", "coarsen"] and launched.count(score) == 2
+
+
+def test_composites_of_its_own_for_top_p_in_blocks_of_few():
+    check(
+        replace(TWO_SIZES, config=replace(TWO_SIZES.config, q_compress=8, k_compress=16, top_p_compress=32, head_compress=2)), "80", seed=4
+    )
+
+
+def test_chunks_have_the_masks_of_the_whole():
+    problem = replace(TWO_SIZES, q_len=200, k_len=200, q_offset=None)
+    q, k, v = inputs(problem, np.float16, seed=5)
+    with cupy_on_cpu.installed("90") as backend:
+        q, k, v = (sys.modules["cupy"].asarray(x) for x in (q, k, v))
+        whole = backend.run_sparse(q, k, v, problem)[1].mask
+        running = backend.RunningKeySummary(problem.config, 2, 1, 64, capacity=200)
+        for start, stop in ((0, 128), (128, 200)):
+            running.extend(k[:, start:stop])
+            part = replace(problem, q_len=stop - start, k_len=stop, q_offset=start)
+            mask = backend.run_sparse(q[:, start:stop], k[:, :stop], v[:, :stop], part, running.summary())[1].mask
+            np.testing.assert_array_equal(mask, whole[:, start // 64 : -(-stop // 64), : mask.shape[2]])
 
 
 def test_portable_blocks_of_64():
@@ -163,7 +200,9 @@ def test_a_batch_is_its_items(in_one_piece):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("capability", ["80", "90"])
 @pytest.mark.parametrize(
-    "problem", [CAUSAL_64, NOT_CAUSAL_128, WIDE_128, HALF_BLOCKS_256, SPLIT_TILES], ids=lambda p: f"S{p.config.block_size}_d{p.head_dim}"
+    "problem",
+    [CAUSAL_64, NOT_CAUSAL_128, WIDE_128, HALF_BLOCKS_256, SPLIT_TILES, TWO_SIZES],
+    ids=lambda p: f"S{p.config.block_size}_d{p.head_dim}_ck{p.config.k_compress}",
 )
 def test_more_problems_and_seeds(problem, capability, seed):
     check(problem, capability, seed=seed + 10)
@@ -181,6 +220,8 @@ PLANTED = {
     "an old maximum": ("attend_sm90.cu", "    max0 = x0;\n", ""),
     "a part that holds nothing is seen": ("attend_sm90_producer.cuh", "    if (lane >= filled) part = NO_KEYS;\n", ""),
     "anchors of selected blocks": ("mask.cuh", "& ~selected_word(words, shape, head, q_block, w, visible)", ""),
+    "a coarse composite takes all for full": ("compress.cu", "const float tokens = min(held, stop - start)", "const float tokens = held"),
+    "sums of 32 keys go to other lanes": ("scores_sm90.cu", "sum_pair(half, fours, 2, t & 2)", "sum_pair(half, fours, 2, t & 1)"),
     "a tile nobody wrote": ("scores_sm90.cu", "min(exist, rows + 16) - 1", "exist - 1"),
 }
 
@@ -191,7 +232,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
     checks = (
         "from tests.emulator import test_backend_on_cpu as tests\n"
         "for seed in range(3):\n"
-        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.SPLIT_TILES):\n"
+        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.SPLIT_TILES, tests.TWO_SIZES):\n"
         "        tests.check(problem, '90', seed=seed)\n"
     )
     assert_caught(PLANTED[name], checks, tmp_path)

@@ -24,6 +24,9 @@ WHOLE_BLOCKS = replace(NOT_CAUSAL, k_len=72)
 WHOLE_TILES = Problem(1, 1, 130, 150, 64, UniSparseConfig(128, 8, 8, top_p=0.6))
 WIDE = Problem(1, 1, 60, 100, 160, UniSparseConfig(32, 1, 32, top_p=None, row_threshold=0.2))
 ODD_BLOCKS = Problem(4, 2, 300, 300, 20, UniSparseConfig(100, 1, 1, 4, top_p=0.5))  # tiles that end inside a block, key blocks of two tiles
+TWO_SIZES = Problem(
+    4, 2, 21, 45, 18, UniSparseConfig(12, 3, 2, 2, top_p=0.3, row_threshold=0.2, top_p_compress=6)
+)  # each rule reads its own
 NEGATIVE = Problem(1, 1, 60, 100, 64, UniSparseConfig(64, 8, 8, top_p=0.5), scale=-0.1)
 
 
@@ -34,6 +37,10 @@ def test_small_blocks_with_a_share_a_head():
 @pytest.mark.parametrize("problem", [NOT_CAUSAL, WHOLE_BLOCKS], ids=["ragged", "whole blocks"])
 def test_not_causal(problem):
     check(problem, "80", np.float32, seed=1)
+
+
+def test_composites_of_its_own_for_top_p():
+    assert "coarsen_plain" in check(TWO_SIZES, "90", np.float32, seed=6)
 
 
 def test_whole_tiles():
@@ -123,7 +130,9 @@ def test_rows_with_nothing_to_attend():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    "problem", [SMALL, NOT_CAUSAL, WHOLE_TILES, WIDE, ODD_BLOCKS, NEGATIVE], ids=lambda p: f"S{p.config.block_size}_d{p.head_dim}"
+    "problem",
+    [SMALL, NOT_CAUSAL, WHOLE_TILES, WIDE, ODD_BLOCKS, NEGATIVE, TWO_SIZES],
+    ids=lambda p: f"S{p.config.block_size}_d{p.head_dim}",
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 def test_more_problems_and_seeds(problem, dtype, seed):

@@ -1,5 +1,7 @@
 """The CuPy backend on a real device: golden vectors, random problems against the reference, and what must hold to the bit."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -47,10 +49,12 @@ def random_problem(rng, head_dims=(64, 128), block_sizes=(64, 128, 256)):
     heads = group * num_kv_heads
     legal = [c for c in range(1, heads + 1) if heads % c == 0 and (group % c == 0 or c % group == 0)]
     rule = rng.integers(3)
+    q_compress, k_compress = (int(rng.choice([2, 4, 8, 16, 32])) for _ in range(2))
     config = UniSparseConfig(
         block_size=size,
-        q_compress=int(rng.choice([2, 4, 8, 16, 32])),
-        k_compress=int(rng.choice([2, 4, 8, 16, 32])),
+        q_compress=q_compress,
+        k_compress=k_compress,
+        top_p_compress=2 * max(q_compress, k_compress) if rule == 2 and rng.integers(2) else None,  # composites of its own for Top-P
         head_compress=int(rng.choice(legal)),
         top_p=float(rng.choice([0.1, 0.5, 0.9, 1.0])) if rule != 1 else None,
         row_threshold=float(rng.choice([0.02, 0.1, 0.3])) if rule != 0 else None,
@@ -121,7 +125,12 @@ def assert_fused_equals_staged(q, k, v, problem, cupy):
     np.testing.assert_array_equal(cupy.asnumpy(lse), cupy.asnumpy(trace.lse))
 
 
-@pytest.mark.parametrize("config", [UniSparseConfig(top_p=0.5), UniSparseConfig.precise(), UniSparseConfig(block_size=256, top_p=0.3)])
+TWO_SIZES = UniSparseConfig(64, 4, 2, top_p=0.5, row_threshold=0.02, top_p_compress=8)
+
+
+@pytest.mark.parametrize(
+    "config", [UniSparseConfig(top_p=0.5), UniSparseConfig.precise(), UniSparseConfig(block_size=256, top_p=0.3), TWO_SIZES]
+)
 def test_chunks_give_the_same_masks_and_outputs(config, path, cupy):
     rng = np.random.default_rng(1)
     whole = Problem(4, 2, 2000, 2000, 128, config)
@@ -156,9 +165,10 @@ def test_poison_behind_a_query_does_not_reach_it(block_size, key_anchors, path, 
         assert np.isnan(found[:, p + 1 :]).any(axis=-1).all()
 
 
-def test_neighbouring_memory_does_not_matter(path, cupy):
+@pytest.mark.parametrize("config", [UniSparseConfig(top_p=0.5), TWO_SIZES])
+def test_neighbouring_memory_does_not_matter(config, path, cupy):
     rng = np.random.default_rng(5)
-    problem = Problem(2, 1, 333, 333, 64, UniSparseConfig(top_p=0.5))
+    problem = Problem(2, 1, 333, 333, 64, config)
     q, k, v = random_inputs(rng, problem, BFLOAT16, cupy)
     engine = backend()
     out, _ = engine.run_sparse(q, k, v, problem)
@@ -232,8 +242,9 @@ def test_memory_is_given_back_and_two_streams_do_not_disturb_each_other(cupy):
     assert pool.used_bytes() == before
 
 
-def test_running_key_summary_is_the_summary_of_the_whole(cupy):
-    problem = Problem(4, 2, 300, 1000, 128, UniSparseConfig(top_p=0.5, key_anchors=2))
+@pytest.mark.parametrize("config", [UniSparseConfig(top_p=0.5, key_anchors=2), replace(TWO_SIZES, key_anchors=2)])
+def test_running_key_summary_is_the_summary_of_the_whole(config, path, cupy):
+    problem = Problem(4, 2, 300, 1000, 128, config)
     q, k, v = random_inputs(np.random.default_rng(8), problem, BFLOAT16, cupy)
     engine = backend()
     running = engine.RunningKeySummary(problem.config, 4, 2, 128, capacity=1024)
@@ -242,7 +253,7 @@ def test_running_key_summary_is_the_summary_of_the_whole(cupy):
     kc, anchors = running.summary()
     composites = engine.as_composites(engine.compress(q, k, problem)[1], problem, q.dtype)
     assert (cupy.asnumpy(kc) == cupy.asnumpy(composites)).all()
-    assert (cupy.asnumpy(anchors) == cupy.asnumpy(engine.find_anchors(k, 128, 2))).all()
+    assert (cupy.asnumpy(anchors) == cupy.asnumpy(engine.find_anchors(k, config.block_size, 2))).all()
     cached, _ = engine.run_sparse(q, k, v, problem, running.summary())
     whole, _ = engine.run_sparse(q, k, v, problem)
     assert (cupy.asnumpy(cached).view(np.uint16) == cupy.asnumpy(whole).view(np.uint16)).all()

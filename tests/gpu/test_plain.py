@@ -62,7 +62,14 @@ def test_any_scale(scale, dtype, cupy):
     check(q, k, v, problem, "attend_sm" if scale > 0 and dtype != np.float32 else "attend_plain", cupy)
 
 
-@pytest.mark.parametrize("config", [UniSparseConfig(32, 4, 4, top_p=0.5), UniSparseConfig.precise()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        UniSparseConfig(32, 4, 4, top_p=0.5),
+        UniSparseConfig.precise(),
+        UniSparseConfig(32, 4, 2, top_p=0.5, row_threshold=0.05, top_p_compress=16),
+    ],
+)
 def test_chunks_give_the_same_masks_and_outputs(config, cupy):
     whole = Problem(4, 2, 2000, 2000, 64, config)
     q, k, v = random_inputs(np.random.default_rng(2), whole, np.float32, cupy)
