@@ -212,6 +212,11 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "row threshold of 1": ("--text a --row-threshold 1", ("row_threshold=1", "0 < row_threshold < 1")),
     "both rules off": ("--text a --attn-top-p off", ("top_p=None and row_threshold=None", "set at least one")),
     "compress does not divide": ("--text a --compress 7", ("q_compress=7 does not divide block_size=128", "give a divisor")),
+    "composites for Top-P with one rule": ("--text a --top-p-compress 16", ("top_p_compress=16", "row_threshold=None", "set both rules")),
+    "composites for Top-P do not fit": (
+        "--text a --preset precise --attn-top-p 0.9 --top-p-compress 6", ("top_p_compress=6", "k_compress=4", "give one of 4, 8, 16, 32"),
+    ),
+    "composites for Top-P no size": ("--text a --top-p-compress none", ("'none' is not a size", "8K")),
     "block size does not fit": ("--text a --block-size 100", ("does not divide block_size=100",)),
     "head compress does not fit": ("--text a --head-compress 3", ("head_compress=3", "4 query heads", "give one of 1, 2, 4")),
     "too many anchors": ("--text a --key-anchors 9", ("key_anchors=9", "0 (off) to 8")),
@@ -358,6 +363,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "block size a fraction": ({"block_size": 128.5}, ("block_size=128.5", "whole number")),
     "block size zero": ({"block_size": 0}, ("block_size=0", "at least 1")),
     "k_compress does not divide": ({"k_compress": 6}, ("k_compress=6", "block_size=128", "give a divisor")),
+    "top_p_compress too fine": (
+        {"row_threshold": 0.1, "top_p_compress": 4}, ("top_p_compress=4 is not a multiple of q_compress=8", "give one of 8, 16"),
+    ),
+    "top_p_compress without Top-P": (
+        {"top_p": None, "row_threshold": 0.1, "top_p_compress": 8}, ("top_p_compress=8 with top_p=None", "set both rules"),
+    ),
     "flag instead of a number": ({"key_anchors": True}, ("key_anchors=True", "whole number")),
     "top_p a text": ({"top_p": "0.9"}, ("top_p='0.9'", "not a number")),
     "top_p of no head": ({"top_p": []}, ("top_p", "empty", "one value per composite head")),

@@ -11,12 +11,14 @@ from unisparse_np.config_file import read_config_file, was_tuned, write_config_f
 
 PER_LAYER = [UniSparseConfig.precise(), UniSparseConfig(block_size=64, q_compress=2, k_compress=4, top_p=None, row_threshold=0.05)]
 
+COARSE = UniSparseConfig(q_compress=4, k_compress=2, row_threshold=0.02, top_p_compress=8)
+
 
 def test_no_file_is_none(tmp_path: Path) -> None:
     assert read_config_file(tmp_path) is None and not was_tuned(tmp_path)
 
 
-@pytest.mark.parametrize("attention", [UniSparseConfig(), UniSparseConfig.precise(), UniSparseConfig(top_p=(0.9, 0.8)), PER_LAYER])
+@pytest.mark.parametrize("attention", [UniSparseConfig(), UniSparseConfig.precise(), UniSparseConfig(top_p=(0.9, 0.8)), PER_LAYER, COARSE])
 def test_what_was_written_is_read_back(tmp_path: Path, attention: UniSparseConfig | list[UniSparseConfig]) -> None:
     write_config_file(tmp_path, attention, {"kl": 0.01})
     assert read_config_file(tmp_path) == attention and was_tuned(tmp_path)

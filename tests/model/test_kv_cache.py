@@ -85,7 +85,8 @@ def test_configs_that_pool_alike_share_one_summary(cache):
     fill(cache, np.ones((2, 2, 8, 16)))
     other_rule = UniSparseConfig(block_size=8, q_compress=4, k_compress=4, key_anchors=2, top_p=0.5)
     other_pool = UniSparseConfig(block_size=8, q_compress=2, k_compress=2, key_anchors=2)
-    assert cache.running_summary(0, CONFIG) is cache.running_summary(0, other_rule)
+    coarse = UniSparseConfig(block_size=8, q_compress=4, k_compress=4, key_anchors=2, row_threshold=0.1, top_p_compress=8)
+    assert cache.running_summary(0, CONFIG) is cache.running_summary(0, other_rule) is cache.running_summary(0, coarse)
     assert cache.running_summary(0, other_pool).summary().kc.shape[1] == 4
 
 

@@ -15,6 +15,7 @@ from unisparse_np.model.llama import Llama
 from unisparse_np.model.weights import load_weights
 
 SMALL_BLOCKS = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
+COARSE = UniSparseConfig(block_size=16, q_compress=4, k_compress=2, top_p=0.5, row_threshold=0.4, top_p_compress=8)
 
 
 def open_model(folder: Path, dtype: str = "float32", max_context: int | None = None, **changed: object) -> Llama:
@@ -149,16 +150,22 @@ def joined(masks: list[np.ndarray], layers: int, layer: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
-@pytest.mark.parametrize("name", ["llama_llama3_transformers5", "llama_dynamic_beyond_transformers4", "llama_yarn_transformers5"])
-def test_chunks_change_no_block_decision_and_no_logit(name, dtype, tolerance, make_model, recorded_masks):
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("llama_llama3_transformers5", SMALL_BLOCKS), ("llama_dynamic_beyond_transformers4", SMALL_BLOCKS),
+        ("llama_yarn_transformers5", SMALL_BLOCKS), ("llama_llama3_transformers5", COARSE),
+    ],
+)  # fmt: skip
+def test_chunks_change_no_block_decision_and_no_logit(name, attention, dtype, tolerance, make_model, recorded_masks):
     ids = load_case(name).token_ids.tolist()
     model = make_model(name, dtype=dtype)
-    whole = model.logits(ids, SMALL_BLOCKS, chunk_size=96)
+    whole = model.logits(ids, attention, chunk_size=96)
     whole_masks = [joined(recorded_masks, 2, layer) for layer in range(2)]
     assert not all(mask.sum() == np.tril(np.ones(mask.shape[1:])).sum() * len(mask) for mask in whole_masks)  # something is dropped
     for chunk_size in (16, 48):
         recorded_masks.clear()
-        assert relative_error(model.logits(ids, SMALL_BLOCKS, chunk_size=chunk_size), whole) < tolerance
+        assert relative_error(model.logits(ids, attention, chunk_size=chunk_size), whole) < tolerance
         if dtype == "float64":
             for layer in range(2):
                 np.testing.assert_array_equal(joined(recorded_masks, 2, layer), whole_masks[layer])

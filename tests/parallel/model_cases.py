@@ -33,6 +33,7 @@ TOP_P = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
 COMPOSITE_HEADS = UniSparseConfig(
     block_size=16, q_compress=2, k_compress=8, head_compress=2, top_p=(0.4, 0.5, 0.6, 0.7), row_threshold=0.2, key_anchors=2
 )
+COARSE = replace(COMPOSITE_HEADS, top_p_compress=16)
 ACROSS_KV_HEADS = replace(TOP_P, head_compress=4)  # a composite head of two KV heads
 
 
@@ -51,6 +52,7 @@ CASES = {
     "ragged": Case("llama with biases", TOP_P, 333, decode=TOP_P),
     "in chunks, the last too short to share": Case("llama with biases", TOP_P, 333, chunk_size=128),
     "composite heads, values of their own": Case("llama with biases", COMPOSITE_HEADS, 297, decode=COMPOSITE_HEADS),
+    "coarse composites for Top-P": Case("llama with biases", COARSE, 297, chunk_size=160, decode=COARSE),
     "across KV heads": Case("qwen3, tied", ACROSS_KV_HEADS, 320),
     "one attention a layer": Case("qwen3, tied", ["dense", TOP_P, COMPOSITE_HEADS], 211, chunk_size=160),
     "too short to share": Case("qwen3, tied", TOP_P, 5, decode=TOP_P),

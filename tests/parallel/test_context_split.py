@@ -66,6 +66,7 @@ def test_rows_come_together_in_order(tokens, size):
 CONFIGS = {
     "top p": UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6),
     "finer queries and both rules": UniSparseConfig(block_size=16, q_compress=2, k_compress=8, top_p=0.5, row_threshold=0.1),
+    "coarse composites for Top-P": UniSparseConfig(16, 2, 4, top_p=0.5, row_threshold=0.2, top_p_compress=8),
     "composite heads": UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6, head_compress=4, key_anchors=2),
 }
 
