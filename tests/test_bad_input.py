@@ -214,7 +214,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compress does not divide": ("--text a --compress 7", ("q_compress=7 does not divide block_size=128", "give a divisor")),
     "composites for Top-P with one rule": ("--text a --top-p-compress 16", ("top_p_compress=16", "row_threshold=None", "set both rules")),
     "composites for Top-P do not fit": (
-        "--text a --preset precise --attn-top-p 0.9 --top-p-compress 6", ("top_p_compress=6", "k_compress=4", "give one of 4, 8, 16, 32"),
+        "--text a --k-compress 4 --row-threshold 0.02 --top-p-compress 6", ("top_p_compress=6", "k_compress=4", "give one of 8, 16, 32"),
     ),
     "composites for Top-P no size": ("--text a --top-p-compress none", ("'none' is not a size", "8K")),
     "block size does not fit": ("--text a --block-size 100", ("does not divide block_size=100",)),
