@@ -194,7 +194,7 @@ def summary(options: argparse.Namespace, records: list[Row], where: dict[str, An
         if rule in by_rule
     ]  # fmt: skip
     result = {"stamp": where, "kind": options.kind, "length": options.length, "backend": options.backend, "rows": rows}
-    return result | ({"dense_by_task": by_task(list(dense.values()))} if options.kind == "needles" else {})
+    return result | ({"solved": SOLVED, "dense_by_task": by_task(list(dense.values()))} if options.kind == "needles" else {})
 
 
 def text_row(found: list[Row], dense: dict[str, Row]) -> Row:
