@@ -26,7 +26,7 @@ def one_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_reference_agrees_with_itself() -> None:
     result = run("--backend", "reference", "--dtype", "float32")
-    assert result.exit_code == 0 and "5 of 5 inputs agree" in result.stdout
+    assert result.exit_code == 0 and "6 of 6 inputs agree" in result.stdout
     for words in ("random, precise", "later chunk", "sparse_attention", "bfloat16", "2x a plain 16-bit program"):
         assert words in result.stdout
 
