@@ -25,7 +25,7 @@ RANDOM_CONFIGS = {
     "paper": UniSparseConfig.paper(),
     "precise": UniSparseConfig.precise(),
     "two heads pooled": UniSparseConfig(head_compress=2),
-    "coarse composites for Top-P": UniSparseConfig(64, 4, 2, top_p=0.5, row_threshold=0.02, top_p_compress=8),
+    "coarse Top-P": UniSparseConfig(64, 4, 2, top_p=0.5, row_threshold=0.02, top_p_compress=8),
 }
 LAST_QUERIES = 256  # of a model's prompt: enough for whole blocks, few enough for float64
 
