@@ -16,57 +16,113 @@ OPENING = """# What each rule of selection costs a model
 
 Written by `docs/make_selection_rules_page.py` from what `benchmarks/selection_rules.py` measured with this project's own code.
 Unless a row says otherwise: block_size (S) 128, c_q = c_k = 8, first block and the block before the diagonal always kept, one
-anchor key a block. tau is the row threshold, P is Top-P. Density counts anchors; selection is the share of dense attention's
-products that choosing the blocks takes. Why the rules are what they are, and what else was tried:
-[what_we_tried.md](what_we_tried.md).
+anchor key a block. tau is the row threshold, P is Top-P; "c 8, P .95 or c_q 4, c_k 2, tau .02" is the union of both rules, each
+on composites of its own. Density counts anchors; selection is the share of dense attention's products that choosing the blocks
+takes; [ ] are 95% intervals. Why the rules are what they are, and what else was tried: [what_we_tried.md](what_we_tried.md).
+
+*Prototype* is what a PyTorch version of [ALGORITHM.md](../ALGORITHM.md) measured on one H100 before this code was there, on other
+windows (prose, plays, policy text and code; 12, or 2 where marked °) and other questions:
+[selection_rules_prototype.json](../benchmarks/results/selection_rules_prototype.json). In **bold** where it lies outside the interval.
 """
 
 Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
 
 
-def interval(ends: list[float]) -> str:
-    return f"[{ends[0]:.4f}, {ends[1]:.4f}]"
+def interval(ends: list[float], form: str) -> str:
+    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
+def earlier(key: str, ends: str, form: str) -> Callable[[Row], str]:
+    """The prototype's figure, if it has one, and its density."""
+
+    def write(row: Row) -> str:
+        found = row["prototype"]
+        if not found:
+            return ""
+        low, high = row[ends]
+        figure = f"{found[key]:{form}}" + ("°" if found.get("windows") == 2 else "")
+        figure = figure if low <= found[key] <= high else f"**{figure}**"
+        return figure + (f" at {found['density']:.3f}" if "density" in found else "")
+
+    return write
+
+
+def of_text(kind: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['kl_by_text'][kind]:.4f}"
+
+
+COLUMNS: dict[str, Columns] = {
     "text": {
         "rule": lambda row: row["rule"],
-        "KL from dense, per token [95%]": lambda row: f"{row['kl']:.4f} {interval(row['kl_interval'])}",
+        "KL from dense, per token": lambda row: f"{row['kl']:.4f} {interval(row['kl_interval'], '.4f')}",
+        "prose": of_text("prose"),
+        "code": of_text("code"),
+        "plays": of_text("plays"),
         "same likeliest token": lambda row: f"{row['top1']:.3f}",
         "rise of the loss, nats": lambda row: f"{row['nll_rise']:+.4f}",
         "density": lambda row: f"{row['density']:.3f}",
         "selection": lambda row: f"{row['selection']:.3f}",
+        "prototype": earlier("kl", "kl_interval", ".4f"),
+    },
+    "copy": {
+        "rule": lambda row: row["rule"],
+        "NLL of a quotation over dense, per token": lambda row: f"{row['nll_over_dense']:+.4f} {interval(row['nll_interval'], '+.4f')}",
+        "all 32 tokens right": lambda row: f"{row['exact']:.3f} (dense {row['exact_dense']:.3f})",
+        "density": lambda row: f"{row['density']:.3f}",
+        "selection": lambda row: f"{row['selection']:.3f}",
+        "prototype": earlier("nll_over_dense", "nll_interval", "+.3f"),
     },
     "needles": {
         "rule": lambda row: row["rule"],
-        "share of dense accuracy [95%]": lambda row: f"{row['share_of_dense']:.3f} {interval(row['share_interval'])}",
+        "share of dense accuracy": lambda row: f"{row['share_of_dense']:.3f} {interval(row['share_interval'], '.3f')}",
+        "on the tasks that dense solves": lambda row: (
+            f"{row['share_on_solved_tasks']:.3f} {interval(row['share_on_solved_interval'], '.3f')}"
+        ),
         "answers worse than dense": lambda row: f"{row['worse_than_dense']} of {row['items']}",
         "density": lambda row: f"{row['density']:.3f}",
         "selection": lambda row: f"{row['selection']:.3f}",
+        "prototype": earlier("share_of_dense", "share_interval", ".3f"),
     },
 }
 TITLES = {
-    "text": "SmolLM2-135M-Instruct, {length:,} tokens: {items} windows of prose and code",
+    "text": "SmolLM2-135M-Instruct, {length:,} tokens: {items} windows of prose, code and plays",
+    "copy": "SmolLM2-135M-Instruct, {length:,} tokens: {items} quotations of 32 tokens from far back, after a cue of 48",
     "needles": "needle-llama, {length:,} tokens: {items} questions of its 14 tasks",
 }
 
 
 def page() -> str:
-    """A section for each result that is there: text before needles, short before long."""
-    return OPENING + "".join(section(json.loads(path.read_text())) for kind in COLUMNS for path in results_of(kind))
+    """A section for each result that is there: text, quotations, needles; short before long."""
+    prototype = json.loads((RESULTS / "selection_rules_prototype.json").read_text(encoding="utf-8"))
+    return OPENING + "".join(
+        section(json.loads(path.read_text(encoding="utf-8")), prototype[kind]) for kind in COLUMNS for path in results_of(kind)
+    )
 
 
 def results_of(kind: str) -> list[Path]:
     return sorted(RESULTS.glob(f"selection_rules_{kind}_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
-def section(result: dict[str, Any]) -> str:
-    columns, rows, stamp = COLUMNS[result["kind"]], result["rows"], result["stamp"]
+def section(result: dict[str, Any], prototype: dict[str, dict[str, Row]]) -> str:
+    columns, stamp = COLUMNS[result["kind"]], result["stamp"]
+    found = prototype.get(str(result["length"]), {})
+    rows = [row | {"prototype": found.get(row["rule"])} for row in result["rows"]]
     title = TITLES[result["kind"]].format(length=result["length"], items=max(row["items"] for row in rows))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(write(row) for write in columns.values()) + " |" for row in rows]
     where = device_of(stamp) or f"{stamp['cpu']['name']}, {stamp['cpu']['cores']} cores"
-    return f"\n## {title}\n\n" + "\n".join(lines) + f"\n\nMeasured {stamp['date']} on {where}, by `{stamp['command']}`.\n"
+    text = f"\n## {title}\n\n" + "\n".join(lines) + f"\n\nMeasured {stamp['date']} on {where}, by `{stamp['command']}`.\n"
+    return text + (solved_tasks(result) if result["kind"] == "needles" else "")
+
+
+def solved_tasks(result: dict[str, Any]) -> str:
+    """Which tasks dense attention itself has right, by how much."""
+    tasks = result["dense_by_task"]
+    unsolved = ", ".join(f"`{task}` {share:.2f}" for task, share in tasks.items() if share < result["solved"])
+    if not unsolved:
+        return f"Dense attention solves every task to {result['solved']:.0%} at least.\n"
+    return f"Tasks count as solved where dense attention has {result['solved']:.0%} right; left out there: {unsolved}.\n"
 
 
 if __name__ == "__main__":
