@@ -18,7 +18,7 @@ def cases(architecture):
     yield "scores.cu", architecture, {"HEAD_DIM": 128, "QUERIES_PER_BLOCK": 16, "KEYS_PER_BLOCK": 16}, "score_blocks", 255, 0
     yield "compress.cu", architecture, {"HEAD_DIM": 128, "BLOCK_SIZE": 128}, "compress", 80, 0
     yield "select.cu", architecture, {}, "select_blocks", 64, 0
-    yield "schedule.cu", architecture, {}, "schedule", 64, 0
+    yield "prepare.cu", architecture, {"HEAD_DIM": 128}, "prepare", 64, 0
     yield "decode_attention.cu", architecture, {"HEAD_DIM": 128, "ROW_TILES": 1}, "decode_attention", 168, 0  # two thread blocks
     yield (
         "decode_select.cu",

@@ -70,15 +70,16 @@ def unisparse_attention(
     for item in zip(q_in, k_in, v_in, strict=True) if batched else [(q_in, k_in, v_in)]:
         engine.check_finite(*item, problem)
     trace: Any
+    lse = None
     if batched:
         out, lse, trace = _run_batch(q_in, k_in, v_in, problem, config, engine, return_trace)
     else:
         out, trace = _run(q_in, k_in, v_in, problem, config, engine, key_summary, return_trace)
-        out, lse = out.astype(q_in.dtype, copy=False), trace.lse
+        out = out.astype(q_in.dtype, copy=False)
     out = engine.to_kind_of(out, q)
     answer: tuple[Any, ...] = (out,)
     if return_lse:
-        answer += (engine.to_kind_of(lse, q),)
+        answer += (engine.to_kind_of(lse if batched else trace.lse, q),)
     if return_trace:
         answer += (trace,)
     return answer if len(answer) > 1 else out

@@ -10,23 +10,23 @@ import cupy
 
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
-from .compress import anchor_rows, find_anchors, gathering
+from .compress import find_anchors
 from .decode_attention import attend_few, splits_keys
 from .device import capability, num_multiprocessors
 from .plan import Plan, plan_of
 from .program import Launch, TensorMap, base
-from .room import FLOAT32, Layout, allocate, new
+from .room import FLOAT32, Layout, Room, address_of, allocate, array_of, new
 from .select import BlockMask, from_bool
-from .shapes import Rows, aligned, check_dtype, is_float16, rows_of, uses_tensor_cores
+from .shapes import Rows, aligned, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 L2_SECTION_BYTES = 32 << 20  # keys and values worked on at a time: they stay in the L2 of an A100, H100 or H200
 HOPPER_HEAD_DIMS = (64, 128)
 REPAIR_BLOCKS, REPAIR_THREADS = 64, 128
-SCHEDULE_THREADS, SCHEDULE_BYTES = 1024, 4096
+PREPARE_THREADS, PREPARE_BYTES = 1024, 4096  # of prepare.cu
 
 
 class Attended(NamedTuple):
-    """out [Hq, Lq, d] in the dtype of q, lse [Hq, Lq] float32 (natural log), and the name of the kernel that ran."""
+    """out [Hq, Lq, d] in the dtype of q, lse [Hq, Lq] float32 (natural log; an array or a Room), and the name of the kernel that ran."""
 
     out: Any
     lse: Any
@@ -43,23 +43,23 @@ def sparse_attention(q: Any, k: Any, v: Any, mask: Any, problem: Problem, key_su
     if problem.config.key_anchors:
         anchors = find_anchors(k, problem.config.block_size, problem.config.key_anchors) if key_summary is None else key_summary.anchors
     result = attend(q, k, v, from_bool(mask), anchors, plan_of(problem))
-    return result.out, result.lse
+    return result.out, array_of(result.lse)
 
 
 def dense_attention(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Any]:
     """The same attention with every visible key: q [Hq, Lq, d], k, v [Hkv, Lk, d] -> out [Hq, Lq, d], lse [Hq, Lq]."""
     check_dtype(q.dtype)
     result = attend(q, k, v, None, None, plan_of(problem))
-    return result.out, result.lse
+    return result.out, array_of(result.lse)
 
 
 def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: Plan) -> Attended:
-    """Step 6 with the mask as words (None: dense) and the anchors as positions [Hkv, Nk, r] (None: no anchors)."""
+    """Step 6 with the mask as words (None: dense) and the anchors as positions [Hkv, Nk, r] (an array, a Room, or None: no anchors)."""
     if not uses_tensor_cores(plan.problem, q.dtype):
         words, heads_per_row = (None, 1) if mask is None else (mask.words, mask.heads_per_row)
-        return Attended(*plain_stages.attend(q, k, v, words, heads_per_row, anchors, plan))
+        return Attended(*plain_stages.attend(q, k, v, words, heads_per_row, array_of(anchors), plan))
     if splits_keys(plan.problem, q.dtype):
-        return Attended(*attend_few(aligned(q), aligned(k), aligned(v), mask, anchors, plan))
+        return Attended(*attend_few(aligned(q), aligned(k), aligned(v), mask, array_of(anchors), plan))
     return _attend_in_tiles(rows_of(q), rows_of(k), rows_of(v), mask, anchors, plan)
 
 
@@ -69,11 +69,11 @@ def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors:
     words = counts = positions = 0
     heads_per_mask = 1
     if mask is not None:
-        words, counts, heads_per_mask = mask.words.data.ptr, mask.counts.data.ptr, mask.heads_per_row
-        if anchors is not None:
+        words, counts, heads_per_mask = mask.words_at, mask.counts_at, mask.heads_per_row
+        if anchors is not None and not isinstance(anchors, Room):
             anchors = cupy.ascontiguousarray(anchors)
-            positions = anchors.data.ptr
-    out, lse = new(plan.out_shape, q.array.dtype), new(plan.out_shape[:2], FLOAT32)
+        positions = address_of(anchors)
+    out, lse = new(plan.out_shape, q.array.dtype), Room(plan.out_shape[:2], FLOAT32)
     memory = allocate(plan.once(work_layout).size)
     key = (attending, q[2:], k[2:], v[2:], heads_per_mask, words != 0, positions != 0, of_float16, on_hopper)
     program = plan.programs.get(key)
@@ -84,7 +84,7 @@ def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors:
             base(8) if positions else 0, heads_per_mask, plan, of_float16, on_hopper,
         )  # fmt: skip
         program = plan.record(key, launches)
-    program.run(q.address, k.address, v.address, out.data.ptr, lse.data.ptr, memory.ptr, words, counts, positions)
+    program.run(q.address, k.address, v.address, out.data.ptr, lse.address, memory.ptr, words, counts, positions)
     return Attended(out, lse, kernel_name(problem.head_dim, problem.config.block_size, on_hopper, of_float16))
 
 
@@ -115,12 +115,10 @@ def attending(
     q: Rows, k: Rows, v: Rows, out: int, lse: int, room: int, words: int, counts: int, anchors: int, heads_per_mask: int, plan: Plan,
     of_float16: bool, on_hopper: bool,
 ) -> Iterator[Launch]:  # fmt: skip
-    """Step 6: gather the anchors, order the items, attend, and look after rows that are not finite. room: an address for work_layout."""
+    """Step 6: order the items, gather the anchors, attend, and look after rows that are not finite. room: an address for work_layout."""
     keys, work = Keys(k, v, words, counts, anchors), plan.once(work_layout).addresses(room)
-    if anchors:
-        yield from gathering(k, v, anchors, work["anchor_keys"], work["anchor_values"], plan, of_float16)
     shape = plan.packed_shape(heads_per_mask, anchors != 0)
-    yield _scheduling(keys, shape, work, plan)
+    yield _preparing(keys, shape, work, plan)
     yield (_attending_sm90 if on_hopper else _attending_sm80)(q, keys, out, lse, shape, work, plan, of_float16)
     yield _repairing(q, keys, out, shape, work, plan, of_float16)
 
@@ -133,11 +131,20 @@ def heads_per_section(plan: Plan) -> int:
     return min(kv_heads, problem.num_kv_heads) * problem.group_size
 
 
-def _scheduling(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> Launch:
+def anchor_rows(plan: Plan) -> int:
+    """Rows of the compact anchors of one KV head: r * pitch."""
+    return plan.problem.config.key_anchors * anchor_pitch(plan.problem)
+
+
+def _preparing(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> Launch:
     heads = plan.once(heads_per_section)
-    launcher = plan.launcher("schedule.cu", "schedule", SCHEDULE_THREADS, SCHEDULE_BYTES)
+    launcher = plan.launcher("prepare.cu", "prepare", PREPARE_THREADS, PREPARE_BYTES)
     sections = ceil_div(plan.problem.num_q_heads, heads)
-    return Launch(launcher, sections, 1, (shape, keys.counts, room["work"], plan.tile_rows, heads, room["counter"], room["broken"]))
+    pieces = plan.problem.num_kv_heads * anchor_rows(plan) * plan.problem.head_dim // 8 if keys.anchors else 0
+    order = (shape, sections, keys.counts, room["work"], plan.tile_rows, heads, room["counter"], room["broken"])
+    strides = (keys.k.head_stride, keys.k.row_stride, keys.v.head_stride, keys.v.row_stride)
+    anchors = (keys.k.address, keys.v.address, *strides, keys.anchors, room["anchor_keys"], room["anchor_values"])
+    return Launch(launcher, sections + ceil_div(pieces, PREPARE_THREADS), 1, (*order, *anchors))
 
 
 def _attending_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:

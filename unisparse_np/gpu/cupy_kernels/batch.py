@@ -68,8 +68,8 @@ def split(trace: Trace, lse: Any, problem: Problem, batch: int) -> list[Trace]:
         return [Trace(trace.kernel, visible, visible, item) for item in lse]
     items: list[Trace] = []
     for n in range(batch):
-        words, counts, heads_per_row = trace.block_mask
-        mask = BlockMask(part(words, n), part(counts, n), heads_per_row)
+        whole = trace.block_mask
+        mask = BlockMask(part(whole.words, n), part(whole.counts, n), whole.heads_per_row)
         item = DeviceTrace(trace.kernel, lse[n], mask, part(trace.anchors, n), plan_of(problem))
         item.qc, item.kc, item.mean, item.peak = (part(x, n) for x in (trace.qc, trace.kc, trace.mean, trace.peak))
         items.append(item)

@@ -14,10 +14,10 @@ from . import plain_stages
 from .plan import Plan, plan_of
 from .program import Launch, launch_all
 from .room import bytes_of
-from .shapes import NO_ROWS, Rows, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
+from .shapes import NO_ROWS, Rows, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 THREADS = 128
-GATHER_THREADS = 256
+CONVERT_THREADS = 256
 
 
 class Pooled(NamedTuple):
@@ -97,9 +97,9 @@ def coarse_sizes(plan: Plan) -> dict[str, int]:
 def coarsening(qc: int, kc: Rows, coarse_qc: int, coarse_kc: int, plan: Plan) -> Launch:
     """Step 1 for a Top-P with composites of its own, from those of q (contiguous, at the address qc) and k; all in float16."""
     coarse = plan.rules[0]
-    launcher = plan.launcher("compress.cu", "coarsen", GATHER_THREADS)
+    launcher = plan.launcher("compress.cu", "coarsen", CONVERT_THREADS)
     heads = coarse.qc_shape[0] + coarse.kc_shape[0]
-    columns = ceil_div(max(coarse.qc_shape[1], coarse.kc_shape[1]) * plan.problem.head_dim // 8, GATHER_THREADS)
+    columns = ceil_div(max(coarse.qc_shape[1], coarse.kc_shape[1]) * plan.problem.head_dim // 8, CONVERT_THREADS)
     width = plan.problem.config.top_p_compress
     return Launch(launcher, columns, heads, (qc, kc.address, kc.head_stride, plan.packed_shape(), width, coarse_qc, coarse_kc))
 
@@ -111,26 +111,11 @@ def to_half(composites: Any, plan: Plan) -> Any:
     composites = cupy.ascontiguousarray(composites, dtype=np.float32)
     half = cupy.empty(composites.shape, np.float16)
     pairs = composites.size // 2
-    launch = plan.launcher("compress.cu", "to_half", GATHER_THREADS)
-    launch(ceil_div(pairs, GATHER_THREADS), 1, composites.data.ptr, half.data.ptr, pairs)
+    launch = plan.launcher("compress.cu", "to_half", CONVERT_THREADS)
+    launch(ceil_div(pairs, CONVERT_THREADS), 1, composites.data.ptr, half.data.ptr, pairs)
     return half
 
 
 def as_composites(x: Any, problem: Problem, dtype: Any) -> Any:
     """Composite tokens [heads, tokens, d] as step 2 takes them for inputs of this dtype: float16 for the tensor cores, or float32."""
     return to_half(x, plan_of(problem)) if uses_tensor_cores(problem, dtype) else cupy.ascontiguousarray(x, dtype=np.float32)
-
-
-def anchor_rows(plan: Plan) -> int:
-    """Rows of the compact anchors of one KV head: r * pitch."""
-    return plan.problem.config.key_anchors * anchor_pitch(plan.problem)
-
-
-def gathering(k: Rows, v: Rows, anchors: int, anchor_keys: int, anchor_values: int, plan: Plan, of_float16: bool) -> Iterator[Launch]:
-    """Anchor keys and values side by side: positions at `anchors` [Hkv, Nk, r] -> two [Hkv, r * pitch, d], zero where there is none."""
-    problem = plan.problem
-    launcher = plan.launcher("compress.cu", "gather_anchors", GATHER_THREADS, 0, of_float16)
-    strides = (k.head_stride, k.row_stride, v.head_stride, v.row_stride)
-    columns = ceil_div(anchor_rows(plan) * problem.head_dim // 8, GATHER_THREADS)
-    arguments = (k.address, v.address, *strides, plan.packed_shape(), anchors, anchor_keys, anchor_values)
-    yield Launch(launcher, columns, problem.num_kv_heads, arguments)

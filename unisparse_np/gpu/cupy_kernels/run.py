@@ -23,20 +23,33 @@ from .compress import composite_sizes, pooling, to_half
 from .memory import attention_bytes, free_bytes, summary_bytes
 from .plan import Plan, plan_of
 from .program import Launch, base
-from .room import INT32, Layout, allocate, new, view
+from .room import INT32, Layout, Room, address_of, allocate, array_of, view
 from .scores import adds_to_scores, as_shares, clear_scores, score_arrays, score_sizes, scoring, scoring_in_one_pass, selects_at_once
 from .select import BlockMask, empty_mask, select_words, selecting, shares, to_bool
 from .shapes import NO_ROWS, Rows, check_dtype, contiguous_rows, is_float16, rows_of, uses_tensor_cores
 
 
 class DeviceTrace(Trace):
-    """A Trace whose mask and counts stay on the GPU until they are read: only reading them waits for the device."""
+    """A Trace whose mask and counts stay on the GPU until they are read: only reading them waits for the device.
+
+    lse and anchors are given as arrays or as Rooms for them.
+    """
 
     def __init__(self, kernel: str, lse: Any, block_mask: BlockMask, anchors: Any, plan: Plan) -> None:
-        self.kernel, self.lse, self.anchors = kernel, lse, anchors
+        self.kernel, self._lse, self._anchors = kernel, lse, anchors
         self.visible_blocks = plan.visible_blocks
         self.qc = self.kc = self.mean = self.peak = None
         self.block_mask, self._problem = block_mask, plan.problem
+
+    @property
+    def lse(self) -> Any:
+        """[Hq, Lq] float32."""
+        return array_of(self._lse)
+
+    @property
+    def anchors(self) -> Any:
+        """[Hkv, Nk, r] int32, or None."""
+        return array_of(self._anchors)
 
     @property
     def mask(self) -> Any:
@@ -91,20 +104,20 @@ def run_dense(q: Any, k: Any, v: Any, problem: Problem) -> tuple[Any, Trace]:
     except cupy.cuda.memory.OutOfMemoryError as error:
         raise no_room_for(problem, q.itemsize, error) from error
     visible = plan.visible_blocks
-    return result.out, Trace(kernel=f"{result.kernel} dense", kept_blocks=visible, visible_blocks=visible, lse=result.lse)
+    return result.out, Trace(f"{result.kernel} dense", visible, visible, array_of(result.lse))
 
 
 def _select(
     q: Any, k: Any, plan: Plan, key_summary: KeySummary | None, keep_scores: bool, q_composites: Any
 ) -> tuple[BlockMask, Any, tuple[Any, Any, Any, Any]]:
-    """Steps 1-5 -> the mask, the anchors' positions [Hkv, Nk, r] or None, and (qc, kc, mean, peak), None unless keep_scores."""
+    """Steps 1-5 -> the mask, the anchors' positions (an array, a Room or None), and (qc, kc, mean, peak), None unless keep_scores."""
     of_float16, layout = is_float16(q.dtype), plan.once(selection_layout)
     queries = NO_ROWS if q_composites is not None else rows_of(q)
     anchors: Any = None
     if key_summary is None:
         keys, kc = rows_of(k), NO_ROWS
         if plan.problem.config.key_anchors:
-            anchors = new(plan.anchors_shape, INT32)
+            anchors = Room(plan.anchors_shape, INT32)
     else:
         keys, kc = NO_ROWS, rows_of(to_half(key_summary.kc, plan))
         if plan.problem.config.key_anchors:
@@ -123,8 +136,7 @@ def _select(
         launches = selection(some_q, some_k, some_kc, base(3), base(4), base(5), base(6), anchors_at, plan, of_float16, keep_scores)
         program = plan.record(key, launches)
     program.run(
-        queries.address, keys.address, kc.address, 0 if q_composites is None else q_composites.data.ptr, memory.ptr,
-        mask.words.data.ptr, mask.counts.data.ptr, 0 if anchors is None else anchors.data.ptr,
+        queries.address, keys.address, kc.address, address_of(q_composites), memory.ptr, mask.words_at, mask.counts_at, address_of(anchors),
     )  # fmt: skip
     if not keep_scores:
         return mask, anchors, (None, None, None, None)

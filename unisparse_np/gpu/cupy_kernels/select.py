@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import numpy as np
@@ -12,7 +12,7 @@ from ...config import PerHead
 from ...problem import Problem, ceil_div
 from .plan import Plan, plan_of
 from .program import Launch
-from .room import INT32, UINT32, new
+from .room import INT32, UINT32, Room, address_of, array_of
 from .scores import UNITS
 from .shapes import words_per_row
 
@@ -20,15 +20,25 @@ MAX_WARPS = 4  # of select.cu
 SHARED_BYTES = 96 << 10  # that every device has to give: room for shapes.MAX_BLOCKS scores
 
 
-class BlockMask(NamedTuple):
+class BlockMask:
     """Selected blocks: words [rows, Nq, ceil(Nk / 32)] uint32, bit b of word w for key block 32 w + b; counts [rows, Nq] int32.
 
-    A row serves heads_per_row query heads.
+    A row serves heads_per_row query heads. words and counts are given as arrays or as Rooms for them.
     """
 
-    words: Any
-    counts: Any
-    heads_per_row: int
+    def __init__(self, words: Any, counts: Any, heads_per_row: int) -> None:
+        self._words, self._counts, self.heads_per_row = words, counts, heads_per_row
+        self.words_at, self.counts_at = address_of(words), address_of(counts)
+
+    @property
+    def words(self) -> Any:
+        """The words as an array."""
+        return array_of(self._words)
+
+    @property
+    def counts(self) -> Any:
+        """The counts as an array."""
+        return array_of(self._counts)
 
 
 def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
@@ -41,14 +51,13 @@ def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
 def select_words(units: Any, peak: Any, plan: Plan) -> BlockMask:
     """The same from contiguous scores in units, as words; what invisible blocks hold does not matter."""
     mask = empty_mask(plan)
-    selecting(units.data.ptr, 0 if peak is None else peak.data.ptr, mask.words.data.ptr, mask.counts.data.ptr, plan).now()
+    selecting(units.data.ptr, address_of(peak), mask.words_at, mask.counts_at, plan).now()
     return mask
 
 
 def empty_mask(plan: Plan) -> BlockMask:
     """Room for a selection, one row a composite head."""
-    words, counts = new(plan.words_shape, UINT32), new(plan.words_shape[:2], INT32)
-    return BlockMask(words, counts, plan.problem.config.head_compress)
+    return BlockMask(Room(plan.words_shape, UINT32), Room(plan.words_shape[:2], INT32), plan.problem.config.head_compress)
 
 
 def selecting(units: int, peak: int, words: int, counts: int, plan: Plan) -> Launch:

@@ -5,7 +5,7 @@
 //      registers as the left operand of the second product
 //   2  QK of tile j and PV of tile j-1 are in flight together; the softmax of j runs under the PV of j-1
 //   3  the two warpgroups take turns at the tensor cores (named barriers), so one's softmax hides under the other's products
-//   4  persistent grid, items longest first inside sections whose K and V fit the L2 (schedule.cu)
+//   4  persistent grid, items longest first inside sections whose K and V fit the L2 (prepare.cu)
 //   5  the producer walks the block mask itself, a word of 32 blocks a lane: no index lists in memory
 //   6  anchor keys are tiles of the same loop, taken from a compact copy, masked by the complement of the block mask
 //   7  the next item's mask is read, and the number of the one after drawn, while an item runs

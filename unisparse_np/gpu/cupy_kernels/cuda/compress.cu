@@ -87,25 +87,3 @@ extern "C" __global__ void to_half(const float2* __restrict__ from, uint32_t* __
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < pairs) to[i] = pack_half(saturate(from[i].x), saturate(from[i].y));
 }
-
-// Step 6: the anchor keys and values side by side, [Hkv, r, anchor_pitch, d], so that 128 of them make a tile. Places without
-// a key are zero. Grid: (anchor_pitch * r rows / rows a thread block, Hkv).
-extern "C" __global__ void gather_anchors(
-    const uint16_t* __restrict__ k, const uint16_t* __restrict__ v, int64_t k_head_stride, int64_t k_row_stride, int64_t v_head_stride,
-    int64_t v_row_stride, const Shape shape, const int* __restrict__ anchors, int4* __restrict__ anchor_keys, int4* __restrict__ anchor_values)
-{
-  constexpr int CHUNKS = HEAD_DIM / 8;
-  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  const int row = (int)(i / CHUNKS), chunk = (int)(i % CHUNKS), head = blockIdx.y;
-  if (row >= shape.key_anchors * shape.anchor_pitch) return;
-  const int rank = row / shape.anchor_pitch, block = row % shape.anchor_pitch;
-  int4 key = make_int4(0, 0, 0, 0), value = key;
-  const int position = block < shape.num_k_blocks ? anchors[((int64_t)head * shape.num_k_blocks + block) * shape.key_anchors + rank] : -1;
-  if (position >= 0) {
-    key = *(const int4*)(k + head * k_head_stride + position * k_row_stride + chunk * 8);
-    value = *(const int4*)(v + head * v_head_stride + position * v_row_stride + chunk * 8);
-  }
-  const int64_t at = ((int64_t)head * shape.key_anchors * shape.anchor_pitch + row) * CHUNKS + chunk;
-  anchor_keys[at] = key;
-  anchor_values[at] = value;
-}
