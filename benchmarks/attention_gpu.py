@@ -34,6 +34,7 @@ from unisparse_np.gpu.cupy_kernels.select import from_bool, select_words
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 SCRATCH_BYTES = 1 << 29
+FINE_KEYS = UniSparseConfig(block_size=64, q_compress=4, k_compress=2, top_p=0.95, row_threshold=0.02, top_p_compress=8)
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -234,6 +235,7 @@ def main() -> None:
         selection(length, "c = 8", UniSparseConfig(), rows)
         if length > 8192:
             selection(length, "precise", UniSparseConfig.precise(), rows)
+            selection(length, "Top-P with c = 8, row threshold with c_q 4, c_k 2", FINE_KEYS, rows)
     if not quick:
         selection(131072, "head_compress = 4", UniSparseConfig(head_compress=4), rows)
         selection(131072, "c = 32", UniSparseConfig(q_compress=32, k_compress=32), rows)

@@ -26,6 +26,7 @@ PROBLEMS = [
     Problem(1, 1, 270, 520, 64, UniSparseConfig(256, 16, 16, top_p=0.3, sink_blocks=0, local_blocks=0)),
     Problem(1, 1, 100, 300, 128, UniSparseConfig(128, 32, 32, top_p=0.5)),
     Problem(1, 1, 40, 100, 96, UniSparseConfig(64, 8, 8, top_p=0.5)),
+    Problem(2, 1, 69, 235, 64, UniSparseConfig(64, 4, 2, top_p=0.3, row_threshold=0.1, top_p_compress=8), q_offset=131),
 ]
 
 
