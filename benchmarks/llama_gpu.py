@@ -1,12 +1,13 @@
 """An 8B-shaped Llama on one GPU against transformers on the same card: prefill, memory, decode.
 
-    PYTHONPATH=. python benchmarks/llama_gpu.py [--longest 524288] [--only prefill,decode]
+    PYTHONPATH=. python benchmarks/llama_gpu.py [--longest 524288] [--only prefill,decode] [--flash]
 
 The shape is Llama-3.1-8B's; weights are random bfloat16, made on the device. Random weights do not concentrate attention, so
 the density of sparse attention is *given*: the real selection runs and is timed, then its mask is replaced by one that holds
 the first block, the diagonal, the block before it, and as many random ones as the density asks for. Batch 1.
-Each side runs in a process of its own, one after the other, transformers with cuDNN's and with FlashAttention 2's kernels.
-Results go to benchmarks/results/llama_gpu_<device>.json.
+Each side runs in a process of its own, one after the other, transformers with cuDNN's kernels and, if asked, with FlashAttention 2's.
+Kernels that a long prompt needs are compiled before its time is taken. Results go to benchmarks/results/llama_gpu_<device>.json,
+which is written anew after every row.
 """
 
 from __future__ import annotations
@@ -17,29 +18,24 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-LLAMA_3_1_8B = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-    "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192},
-}  # fmt: skip
-PREFILL = {8192: 5, 32768: 3, 131072: 0}  # tokens: timed runs after one to warm up; 0: one run, warmed up by the shorter ones
+from benchmarks.common import stamp, write_result
+from benchmarks.given_density import LLAMA_3_1_8B, GivenDensity, prompt_of
+
+PREFILL = {8192: 5, 32768: 2, 131072: 0}  # tokens: timed runs after one to warm up; 0: one run, warmed up by the shorter ones
+WARM_UP_TOKENS = 8192  # the end of a long prompt, read to have its kernels compiled
 DENSITIES = (0.5, 0.25, 0.10)
 DECODE_CONTEXTS = (8192, 131072)
-# Random keys make attention even, so a share P of the mass is a share P of the blocks: P gives the density of sparse decode.
-DECODE_TOP_P, DECODE_HEAD_COMPRESS = 0.25, (1, 4)
+# Random keys make attention even, so a share P of the mass is about a share P of the blocks: P gives the density of sparse decode.
+# With head_compress 1 each head selects alone, and what a group reads is the union of four random masks; with 4 they share one.
+DECODE_TOP_P, DECODE_HEAD_COMPRESS = (0.25, 0.10), (1, 4)
 DECODE_STEPS = 32
 SDPA_KERNELS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}
-GIB = float(1 << 30)
 
 
 def timed(run: Callable[[], Any], times: int) -> float:
@@ -54,12 +50,8 @@ def timed(run: Callable[[], Any], times: int) -> float:
     return statistics.median(seconds)
 
 
-def prompt_of(tokens: int) -> np.ndarray:
-    return np.random.default_rng(tokens).integers(0, LLAMA_3_1_8B["vocab_size"], tokens)
-
-
 # ---- transformers ----
-def transformers_rows(only: set[str]) -> Iterator[dict[str, Any]]:
+def transformers_rows(only: set[str], flash: bool) -> Iterator[dict[str, Any]]:
     import torch
     import transformers
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -79,7 +71,10 @@ def transformers_rows(only: set[str]) -> Iterator[dict[str, Any]]:
             model(torch.zeros((1, 1), dtype=torch.long, device="cuda"), past_key_values=cache, use_cache=True)
         torch.cuda.synchronize()
 
+    yield {"device": torch.cuda.get_device_name()}
     for name, kernel in SDPA_KERNELS.items():
+        if name == "flash" and not flash:
+            continue
         with sdpa_kernel(getattr(SDPBackend, kernel)):
             for tokens, times in PREFILL.items() if "prefill" in only else ():
                 if name == "flash" and tokens < max(PREFILL):
@@ -104,20 +99,23 @@ def ours_rows(only: set[str], longest: int) -> Iterator[dict[str, Any]]:
     from unisparse_np import UniSparseConfig
 
     model, sparse = new_llama(longest), UniSparseConfig()
+    yield {"device": device_name()}
     if "prefill" in only:
         for tokens, times in PREFILL.items():
             yield prefill_row(model, tokens, "dense", None, times)
         yield prefill_row(model, min(PREFILL), sparse, DENSITIES[0], PREFILL[min(PREFILL)])
+        warm_up(model, max(PREFILL), sparse)
         for density in DENSITIES:
             yield prefill_row(model, max(PREFILL), sparse, density, PREFILL[max(PREFILL)])
         yield profile_row(model, max(PREFILL), DENSITIES[1])
         if longest > max(PREFILL):
+            warm_up(model, longest, sparse)
             yield prefill_row(model, longest, sparse, DENSITIES[-1], 0)
     if "decode" in only:
         yield read_row()
-        shared = [UniSparseConfig(top_p=DECODE_TOP_P, head_compress=heads) for heads in DECODE_HEAD_COMPRESS]
+        sparser = [UniSparseConfig(top_p=share, head_compress=heads) for share in DECODE_TOP_P for heads in DECODE_HEAD_COMPRESS]
         for tokens in DECODE_CONTEXTS:
-            yield from decode_rows(model, tokens, ("dense", *shared))
+            yield from decode_rows(model, tokens, ("dense", *sparser))
 
 
 def new_llama(longest: int) -> Any:
@@ -132,46 +130,23 @@ def new_llama(longest: int) -> Any:
     return model
 
 
-class GivenDensity:
-    """Runs the real selection and puts a mask of a given density in its place, while the `with` lasts."""
+def device_name() -> str:
+    import cupy
 
-    def __init__(self, density: float) -> None:
-        self.density, self.masks = density, {}
+    name: str = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return name
 
-    def __enter__(self) -> None:
-        from unisparse_np.gpu.cupy_kernels import run
 
-        self.module, self.real = run, run._select
-        run._select = self.select
-
-    def __exit__(self, *_: object) -> None:
-        self.module._select = self.real
-
-    def select(self, q: Any, k: Any, plan: Any, *rest: Any) -> tuple[Any, Any, Any]:
-        _, anchors, scores = self.real(q, k, plan, *rest)
-        if plan.problem not in self.masks:
-            self.masks[plan.problem] = self.mask(plan.problem)
-        return self.masks[plan.problem], anchors, scores
-
-    def mask(self, problem: Any) -> Any:
-        import cupy
-
-        from unisparse_np.gpu.cupy_kernels.select import BlockMask
-
-        size, anchors = problem.config.block_size, problem.config.key_anchors
-        share = (self.density - anchors / size) / (1 - anchors / size)  # of blocks selected; the others give their anchors
-        heads, rows, blocks = problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks
-        words = -(-blocks // 32)
-        block = cupy.arange(words * 32)[None, :]
-        last = (cupy.arange(rows) + problem.q_offset // size)[:, None]  # the diagonal
-        forced = (block == 0) | (block == last) | (block == last - 1)  # [Nq, Nk]
-        free = cupy.maximum(last - 2, 1)
-        wanted = cupy.clip(((last + 1) * share - 3) / free, 0, 1)  # of the blocks that are not forced
-        random = cupy.random.default_rng(problem.q_offset)
-        kept = ((random.random((heads, rows, words * 32), dtype=np.float32) < wanted) | forced) & (block <= last)
-        packed = cupy.packbits(kept.ravel(), bitorder="little").view(np.uint32).reshape(heads, rows, words)
-        counts = kept.sum(axis=2, dtype=np.int32)
-        return BlockMask(packed, counts, problem.config.head_compress)
+def warm_up(model: Any, tokens: int, attention: Any) -> None:
+    """Read only the end of a prompt, over zeros: compiles what all of it needs."""
+    cache = model.new_cache(tokens, attention)
+    for layer in range(model.config.num_hidden_layers):
+        for keys_or_values in cache.upto(layer, tokens):
+            keys_or_values[...] = 0
+    cache.length = tokens - WARM_UP_TOKENS
+    with GivenDensity(DENSITIES[-1]):
+        model.prefill(prompt_of(WARM_UP_TOKENS).tolist(), cache, attention)
+    cache.release()
 
 
 def prefill_row(model: Any, tokens: int, attention: Any, density: float | None, times: int) -> dict[str, Any]:
@@ -246,9 +221,23 @@ def decode_rows(model: Any, tokens: int, attentions: Sequence[Any]) -> Iterator[
         row = {"work": "decode", "tokens": tokens, "kernel": "ours dense", "seconds": seconds}
         if attention != "dense":
             row |= {"kernel": f"ours unisparse head_compress {attention.head_compress}", "given_density": attention.top_p}
+            row |= selected_and_read(model, cache, attention)
         yield row
     del cache
     cupy.get_default_memory_pool().free_all_blocks()
+
+
+def selected_and_read(model: Any, cache: Any, attention: Any) -> dict[str, float]:
+    """Shares of the key blocks in the last layer's last step: those that a head selects, and those that some head of its group selects."""
+    import cupy
+
+    from unisparse_np.gpu.cupy_kernels.select import to_bool
+
+    decoder = cache.decoders[(attention,) * model.config.num_hidden_layers]
+    selector = decoder.attention_of(attention).selector
+    mask = cupy.asnumpy(to_bool(selector.mask, selector.problem))[:, 0, : -(-cache.length // attention.block_size)]  # [Hq, Nk]
+    of_groups = mask.reshape(model.config.num_key_value_heads, -1, mask.shape[1]).any(axis=1)
+    return {"density": float(mask.mean()), "density_read": float(of_groups.mean())}
 
 
 def read_row() -> dict[str, Any]:
@@ -266,25 +255,29 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=131072, help="tokens of one more sparse prefill (default: none beyond 131072)")
     parser.add_argument("--only", default="prefill,decode", help="comma-separated: prefill, decode")
     parser.add_argument("--sides", default="transformers,ours")
+    parser.add_argument("--flash", action="store_true", help="also transformers with FlashAttention 2's kernels, 17 s more")
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--to", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         only = set(arguments.only.split(","))
-        rows = transformers_rows(only) if arguments.side == "transformers" else ours_rows(only, arguments.longest)
-        with open(arguments.to, "w") as file:
-            for row in rows:
-                print(json.dumps(row), file=file, flush=True)
-                show(row)
+        for row in transformers_rows(only, arguments.flash) if arguments.side == "transformers" else ours_rows(only, arguments.longest):
+            print(json.dumps(row), flush=True)
         return
-    measured, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for side in arguments.sides.split(","):
-        with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as file:
-            command = [sys.executable, __file__, "--side", side, "--to", file.name, "--only", arguments.only]
-            if subprocess.run([*command, "--longest", str(arguments.longest)]).returncode:
-                failed.append(side)
-            measured += [json.loads(line) for line in file]
-    report(measured, failed)
+        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if not line.startswith("{"):  # what a library prints
+                    print(line, end="", flush=True)
+                    continue
+                rows.append(json.loads(line))
+                report(rows, failed)
+        if process.returncode:
+            failed.append(side)
+            report(rows, failed)
     sys.exit(1 if failed else 0)
 
 
@@ -293,24 +286,22 @@ def show(row: dict[str, Any]) -> None:
 
 
 def report(rows: list[dict[str, Any]], failed: list[str]) -> None:
-    """Ratios within this run, and the file; `failed` names sides that ended early, what they had measured is kept."""
-    import cupy
-
-    from benchmarks.common import stamp, write_result
-
-    baseline = {row["tokens"]: row.get("seconds") for row in rows if row["kernel"] == "transformers cudnn" and row["work"] == "prefill"}
-    for row in rows:
+    """Show the newest row with its ratio within this run, and write the file; `failed` names sides that ended early: what they had
+    measured is kept."""
+    measured = [row for row in rows if "work" in row]
+    baseline = {row["tokens"]: row.get("seconds") for row in measured if row["kernel"] == "transformers cudnn" and row["work"] == "prefill"}
+    for row in measured:
         if row["work"] == "prefill" and row["kernel"] == "ours" and baseline.get(row["tokens"]):
             row["times_faster_than_cudnn"] = baseline[row["tokens"]] / row["seconds"]
-            show(row)
-    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    about = {
-        "stamp": stamp("cupy-cuda13x", "torch", "transformers"),
-        "device": device,
-        "config": LLAMA_3_1_8B,
-        "failed": failed,
-    }
-    print(write_result(f"llama_gpu_{device.lower().replace(' ', '_')}", about | {"rows": rows}))
+    show(rows[-1])
+    device = rows[0]["device"]
+    about = {"stamp": about_this_run(), "device": device, "config": LLAMA_3_1_8B, "failed": failed}
+    write_result(f"llama_gpu_{device.lower().replace(' ', '_')}", about | {"rows": measured})
+
+
+@functools.lru_cache
+def about_this_run() -> dict[str, Any]:
+    return stamp("cupy-cuda13x", "torch", "transformers")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import stamp, write_result
-from benchmarks.llama_gpu import LLAMA_3_1_8B, GivenDensity, prompt_of
+from benchmarks.given_density import LLAMA_3_1_8B, GivenDensity, prompt_of
 from benchmarks.random_llama import random_llama
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import load_model_backend

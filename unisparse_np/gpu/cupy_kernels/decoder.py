@@ -103,6 +103,10 @@ class Decoder:
         self._length_expected = self._cache.length
         return self._logits
 
+    def attention_of(self, choice: Any) -> DecodeAttention:
+        """What computes the attention of the layers with this "dense" or UniSparseConfig."""
+        return self._attentions[choice]
+
     def _catch_up(self) -> None:
         """Others have written keys: have the key summaries take them in, and record anew where a summary is not the same object."""
         cache = self._cache
