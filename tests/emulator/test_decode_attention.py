@@ -101,7 +101,7 @@ STEPS = {
         Decoding(UniSparseConfig(64, 2, 4, 1, None, 0.05, 1, 0, 0), 12, 1, 64, 700, np.float16), (600, 699),
     ),
     "Top-P with composites of its own": (
-        Decoding(UniSparseConfig(64, 4, 2, 1, 0.5, 0.1, top_p_compress=8), 4, 2, 64, 512, BFLOAT16), (255, 256, 301, 448),
+        Decoding(UniSparseConfig(64, 4, 2, 1, 0.5, 0.4, 1, 0, 0, top_p_compress=8), 4, 2, 64, 512, BFLOAT16), (255, 256, 301, 448),
     ),
     "such composites, in a block of four keys": (
         Decoding(UniSparseConfig(64, 16, 16, 2, 0.5, 0.3, top_p_compress=32), 4, 2, 64, 512, np.float16), (3, 130, 335),
@@ -144,6 +144,15 @@ def test_steps_are_the_same_to_the_bit_in_every_run():
         np.testing.assert_array_equal(mask, mask_again)
 
 
+def test_equal_blocks_are_kept_in_index_order():
+    """Past the first word of the mask: keys that are all the same tie everywhere."""
+    decoding = Decoding(UniSparseConfig(64, 8, 32, top_p=0.875, key_anchors=0, sink_blocks=0, local_blocks=0), 1, 1, 64, 40 * 64, np.float16)
+    decoding.k[...] = 1
+    with cupy_on_cpu.installed("90"):
+        ((_, mask, _),) = decoding.run(sys.modules["cupy"], [40 * 64 - 1])
+    np.testing.assert_array_equal(mask[0, 0], [*[True] * 35, *[False] * 4, True])  # the diagonal is always kept
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_poison_a_query_may_not_see_does_not_reach_it(dense):
     """Later keys for queries before them, and whole blocks that only the other heads of the group selected."""
@@ -171,12 +180,12 @@ PLANTED = {
     "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~mask.rows_that_selected", "key.rows = mask.rows_that_selected"),
     "a split is left out": (
         "decode_attention.cu",
-        "i = warp; i < count; i += WARPS) {\n    const float4*",
-        "i = warp + 1; i < count; i += WARPS) {\n    const float4*",
+        "i = warp; i < count; i += WARPS) {\n      const float4*",
+        "i = warp + 1; i < count; i += WARPS) {\n      const float4*",
     ),
     "an old maximum": ("decode_attention.cu", "        max[n][e] = highest;\n", ""),
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
-    "the open block is not pooled": ("decode_select.cu", "if (opens) pool_open_block", "if (false) pool_open_block"),
+    "the open block is not pooled": ("decode_select.cu", "    pool_open_block({", "    if (false) pool_open_block({"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),
     "a cell of other composites": (
         "decode_cells.cuh", "float sum = exp2_fast(logits[2 * k + e] - base)", "float sum = exp2_fast(logits[e] - base)",
@@ -195,5 +204,6 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         "for name in ('default, blocks of 64', 'from the first token', 'Top-P with composites of its own'):\n"
         "    tests.test_decode_steps(name)\n"
         "tests.test_a_few_queries('two groups of rows')\n"
+        "tests.test_equal_blocks_are_kept_in_index_order()\n"
     )
     assert_caught(PLANTED[name], checks, tmp_path)

@@ -19,16 +19,19 @@ def random_decoding(rng):
     heads = group * kv_heads
     legal = [c for c in range(1, heads + 1) if heads % c == 0 and (group % c == 0 or c % group == 0)]
     rule = rng.integers(3)
+    q_compress, k_compress = int(rng.choice([2, 4, 8, 16])), int(rng.choice([1, 4, 8, 32]))
+    coarse = max(q_compress, k_compress, 2 * k_compress)
     config = UniSparseConfig(
         size,
-        int(rng.choice([2, 4, 8, 16])),
-        int(rng.choice([1, 4, 8, 32])),
+        q_compress,
+        k_compress,
         int(rng.choice(legal)),
         top_p=float(rng.choice([0.1, 0.5, 0.9, 1.0])) if rule != 1 else None,
         row_threshold=float(rng.choice([0.02, 0.1])) if rule != 0 else None,
         key_anchors=int(rng.choice([0, 1, 1, 3])),
         sink_blocks=int(rng.integers(3)),
         local_blocks=int(rng.integers(3)),
+        top_p_compress=coarse if rule == 2 and rng.integers(4) else None,
     )
     capacity = int(rng.integers(20, 20 * size))
     first = int(rng.integers(0, capacity - 4))

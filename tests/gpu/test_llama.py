@@ -113,12 +113,23 @@ def test_chunks_give_the_same_masks_through_cache_and_summary(cupy):
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
 
 
+@pytest.mark.parametrize("decode_attention", ["dense", UniSparseConfig()], ids=["dense steps", "sparse steps"])
 @pytest.mark.parametrize("name", ["needle-2k", "question-4k", "four-needles-4k", "needle-8k"])
-def test_needle_llama_answers(name):
-    model, tokenizer = load(NEEDLE_LLAMA, backend="cupy")
-    prompt = (NEEDLE_LLAMA / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
-    answer = generate(model, tokenizer, prompt, attention=UniSparseConfig(), max_tokens=ANSWERS[name]["max_tokens"], raw=True)
+def test_needle_llama_answers(name, decode_attention):
+    answer = answer_of_needle_llama("cupy", name, decode_attention)
     assert all(reference in answer for reference in ANSWERS[name]["answers"]), answer
+
+
+def test_a_needle_in_8k_tokens_is_answered_as_on_numpy():
+    assert answer_of_needle_llama("cupy", "needle-8k") == answer_of_needle_llama("reference", "needle-8k")
+
+
+def answer_of_needle_llama(backend, name, decode_attention="dense"):
+    """The answer to one of the example's prompts, read with the default config."""
+    model, tokenizer = load(NEEDLE_LLAMA, backend=backend)
+    prompt = (NEEDLE_LLAMA / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    options = {"max_tokens": ANSWERS[name]["max_tokens"], "raw": True}
+    return generate(model, tokenizer, prompt, attention=UniSparseConfig(), decode_attention=decode_attention, **options)
 
 
 def test_the_same_seed_draws_the_same_answer():
