@@ -4,7 +4,8 @@
 
 Shapes, strides, dtypes, offsets, configs, chunks, batches and key summaries are drawn (tests/random_problems.py); even seeds
 run the device's own kernels, odd ones the portable kernels. The processes share the GPU; each also computes the reference.
-Results go to benchmarks/results/random_problems_<device>.json; exit status 1 if a problem failed.
+Results go to benchmarks/results/random_problems_<device>.json: for each attention kernel and dtype the number of problems and the
+largest deviations. Exit status 1 if a problem failed.
 """
 
 from __future__ import annotations
@@ -17,26 +18,76 @@ import sys
 import time
 import traceback
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes are the parallelism
 
 
-def work(seed: int) -> tuple[str, list[str]]:
-    """One problem: which kernels it ran on, and what is wrong."""
+class Problem(NamedTuple):
+    """What came of one problem.
+
+    Attributes:
+        kind: kernels and dtype, such as "native attend_sm90 bfloat16".
+        features: what the problem had, in words.
+        wrong: what is wrong with it, in words.
+        largest: deviations from the reference, by name; of outputs in 16 bits also how many times a plain 16-bit computation's.
+        counts: entries of the mask, how many of them differ inside rounding, and what was found the same to the bit how often.
+    """
+
+    kind: str
+    features: list[str]
+    wrong: list[str]
+    largest: dict[str, float]
+    counts: dict[str, int]
+
+
+def work(seed: int) -> Problem:
+    """One problem, drawn, run and judged."""
     import cupy
 
     from tests.random_problems import random_case, run_on_device
     from unisparse_np.gpu import cupy_kernels as engine
 
-    portable = bool(seed % 2)
-    use_portable_kernels(portable)
+    path = "portable" if seed % 2 else "native"
+    use_portable_kernels(path == "portable")
     try:
         case = random_case(seed)
-        wrong = run_on_device(case, engine, cupy)
-        return "portable" if portable else "native", [f"{case}: {what}" for what in wrong]
+        outcome = run_on_device(case, engine, cupy)
     except Exception:
-        return "error", [f"seed {seed}: {traceback.format_exc(limit=6)}"]
+        return Problem(f"{path} error", [], [f"seed {seed}: {traceback.format_exc(limit=6)}"], {}, {})
+    counts = {"mask entries": outcome.blocks, "mask entries that differ inside rounding": outcome.differing}
+    counts |= {f"{name}, the same to the bit": number for name, number in Counter(outcome.repeats).items()}
+    kind = f"{path} {outcome.kernel.split()[0]} {case.dtype}"
+    return Problem(kind, features(case), [f"{case}: {what}" for what in outcome.wrong], deviations(outcome.reports), counts)
+
+
+def deviations(reports: dict[str, Any]) -> dict[str, float]:
+    """The largest of each stage. The bound on 16-bit outputs is PLAIN_ERROR_FACTOR times the error of a plain computation."""
+    from unisparse_np.comparison import PLAIN_ERROR_FACTOR
+
+    output = reports["sparse_attention"]
+    found = {"block scores": reports["score_blocks"].error, "output": output.error, "log-sum-exp": reports["log-sum-exp"].error}
+    if "plain 16-bit" in output.detail:
+        plain = output.allowed / PLAIN_ERROR_FACTOR
+        found["output, times a plain 16-bit computation's"] = output.error / plain if output.error else 0.0
+    return found
+
+
+def features(case: Any) -> list[str]:
+    """What the record counts."""
+    problem, config = case.problem, case.problem.config
+    rules = [name for name in ("top_p", "row_threshold", "top_p_compress") if getattr(config, name) is not None]
+    said = {
+        "not causal": not problem.causal,
+        "an offset of its own": problem.causal and problem.q_offset != problem.k_len - problem.q_len,
+        "key anchors": config.key_anchors > 0,
+        "compressed heads": config.head_compress > 1,
+        "a value for each head": isinstance(config.top_p, tuple) or isinstance(config.row_threshold, tuple),
+        "16 queries or fewer": problem.q_len <= 16,
+        "memory amid NaN": any("NaN" in layout for layout in case.layouts),
+    }
+    shapes = [f"head_dim {problem.head_dim}", f"block_size {config.block_size}", f"rules: {', '.join(rules)}"]
+    return [*shapes, *(name for name, true in said.items() if true)]
 
 
 def use_portable_kernels(portable: bool, native: dict[str, Any] = {}) -> None:  # noqa: B006 (what to go back to)
@@ -58,41 +109,55 @@ def main() -> int:
     parser.add_argument("--output", default="", help="where the JSON goes; default: benchmarks/results")
     arguments = parser.parse_args()
     start = time.time()
-    kinds: Counter[str] = Counter()
-    failures: list[str] = []
+    found: list[Problem] = []
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         results = pool.imap_unordered(work, range(arguments.seed, arguments.seed + arguments.count))
         with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
             while True:
-                kind, wrong = results.next(timeout=max(0.0, start + arguments.seconds - time.time()))
-                kinds[kind] += 1
-                failures += wrong
-                for failure in wrong:
+                found.append(results.next(timeout=max(0.0, start + arguments.seconds - time.time())))
+                for failure in found[-1].wrong:
                     print(failure, file=sys.stderr, flush=True)
     seconds = time.time() - start
-    save(arguments, kinds, failures, seconds)
-    print(f"{sum(kinds.values())} problems ({dict(kinds)}) in {seconds:.0f} s, {len(failures)} failures")
+    save(arguments, found, seconds)
+    failures = sum(len(problem.wrong) for problem in found)
+    print(f"{len(found)} problems ({dict(Counter(problem.kind for problem in found))}) in {seconds:.0f} s, {failures} failures")
     return 1 if failures else 0
 
 
-def save(arguments: argparse.Namespace, kinds: Counter[str], failures: list[str], seconds: float) -> None:
+def summary(problems: list[Problem]) -> dict[str, Any]:
+    """How many, the largest deviation of each kind, and the sums of what was counted."""
+    names = dict.fromkeys(name for problem in problems for name in problem.largest)
+    counts = sum((Counter(problem.counts) for problem in problems), Counter[str]())
+    return {
+        "problems": len(problems),
+        "largest deviation": {name: max(problem.largest.get(name, 0.0) for problem in problems) for name in names},
+        **counts,
+    }
+
+
+def save(arguments: argparse.Namespace, found: list[Problem], seconds: float) -> None:
     """Write what was run and found, with the machine."""
     import json
+    from dataclasses import asdict
     from pathlib import Path
 
     import cupy
 
-    from benchmarks.common import stamp, write_result
+    from benchmarks.common import stamp_of_backend, write_result
+    from unisparse_np.comparison import PLAIN_ERROR_FACTOR, TOLERANCES
 
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    kinds = sorted({problem.kind for problem in found})
     result = {
-        **stamp(),
-        "device": device,
-        "cupy": cupy.__version__,
-        "seed": arguments.seed,
-        "problems": dict(kinds),
+        **stamp_of_backend("cupy"),
+        "seeds": f"{arguments.seed} to {arguments.seed + arguments.count - 1}, as many as came back in time",
         "seconds": round(seconds, 1),
-        "failures": failures,
+        "problems": len(found),
+        "failures": [failure for problem in found for failure in problem.wrong],
+        "allowed": {dtype: asdict(TOLERANCES[dtype]) for dtype in ("float32", "float16", "bfloat16")}
+        | {"output, times a plain 16-bit computation's": PLAIN_ERROR_FACTOR},
+        "features": dict(sorted(Counter(feature for problem in found for feature in problem.features).items())),
+        "kernels": {kind: summary([problem for problem in found if problem.kind == kind]) for kind in kinds},
     }
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,8 @@
 """Random problems for a GPU backend, and their judgement against the float64 reference by ALGORITHM.md's "Comparing backends".
 
 Everything of a problem follows from its seed. tests/gpu runs some hundreds, benchmarks/random_problems_gpu.py thousands.
+What kernels are compiled for (head_dim, block size, tokens of a composite) follows from seed % KERNEL_SHAPES alone, so that thousands of
+problems do not compile thousands of kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from unisparse_np.problem import KeySummary
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 LAYOUTS = ("[H, L, d]", "[L, H, d]", "amid NaN", "amid NaN, not aligned")
 FEW_QUERIES = 16  # calls with so many split the keys
+KERNEL_SHAPES = 47  # odd: even and odd seeds meet all of them
 MOST_BLOCKS = {64: 10, 128: 8, 256: 4}  # keys of a problem, in blocks
 
 
@@ -38,16 +41,18 @@ class Case:
 
 
 def random_case(seed: int) -> Case:
-    """A problem that the tensor-core kernels take (one in sixteen in float32, for the plain ones)."""
-    rng = np.random.default_rng(seed)
-    size = int(rng.choice([64, 128, 256]))
+    """A problem that the tensor-core kernels take (one in sixteen in float32, for the plain ones); one in eight with few queries."""
+    rng, kernel_rng = np.random.default_rng(seed), np.random.default_rng(seed % KERNEL_SHAPES)
+    size = int(kernel_rng.choice([64, 128, 256]))
+    head_dim = int(kernel_rng.choice([64, 64, 128, 128, 128, 80, 96, 256]))
     k_len = int(rng.integers(1, MOST_BLOCKS[size] * size))
     causal = bool(rng.integers(4))
     q_len = int(rng.integers(1, k_len + 1)) if causal else int(rng.integers(1, 4 * size))
+    if rng.integers(8) == 0:
+        q_len = min(q_len, int(rng.integers(1, FEW_QUERIES + 1)))
     q_offset = int(rng.integers(0, k_len - q_len + 1)) if causal and rng.integers(2) else None
     group, num_kv_heads = [(1, 1), (2, 1), (1, 3), (2, 2), (4, 2), (3, 2)][rng.integers(6)]
-    config = _random_config(rng, size, group, group * num_kv_heads)
-    head_dim = int(rng.choice([64, 64, 128, 128, 128, 80, 96, 256]))
+    config = _random_config(rng, kernel_rng, size, group, group * num_kv_heads)
     problem = Problem(group * num_kv_heads, num_kv_heads, q_len, k_len, head_dim, config, causal, q_offset)
     dtype = "float32" if rng.integers(16) == 0 else ["float16", "bfloat16"][rng.integers(2)]
     spread = float(rng.choice([0.3, 1.0, 4.0]))
@@ -59,7 +64,7 @@ def random_case(seed: int) -> Case:
     return Case(seed, problem, dtype, layouts, q, k, v)
 
 
-def _random_config(rng: np.random.Generator, size: int, group: int, heads: int) -> UniSparseConfig:
+def _random_config(rng: np.random.Generator, kernel_rng: np.random.Generator, size: int, group: int, heads: int) -> UniSparseConfig:
     legal = [c for c in range(1, heads + 1) if heads % c == 0 and (group % c == 0 or c % group == 0)]
     head_compress = int(rng.choice(legal))
     top_p: Any = float(rng.choice([0.1, 0.5, 0.9, 1.0]))
@@ -68,26 +73,20 @@ def _random_config(rng: np.random.Generator, size: int, group: int, heads: int) 
         top_p = tuple(float(p) for p in rng.choice([0.2, 0.6, 0.95], heads // head_compress))
         row_threshold = tuple(float(p) for p in rng.choice([0.03, 0.2], heads // head_compress))
     rule = rng.integers(3)
-    config = UniSparseConfig(
+    q_compress, k_compress = (int(kernel_rng.choice([2, 4, 8, 16, 32])) for _ in range(2))
+    coarse = int(kernel_rng.choice([c for c in (2, 4, 8, 16, 32) if c % max(q_compress, k_compress) == 0]))
+    return UniSparseConfig(
         block_size=size,
-        q_compress=int(rng.choice([2, 4, 8, 16, 32])),
-        k_compress=int(rng.choice([2, 4, 8, 16, 32])),
+        q_compress=q_compress,
+        k_compress=k_compress,
         head_compress=head_compress,
         top_p=top_p if rule != 1 else None,
         row_threshold=row_threshold if rule != 0 else None,
         key_anchors=int(rng.choice([0, 1, 1, 3, 8])),
         sink_blocks=int(rng.integers(3)),
         local_blocks=int(rng.integers(3)),
+        top_p_compress=coarse if rule == 2 and rng.integers(2) else None,
     )
-    return replace(config, top_p_compress=_random_top_p_compress(rng, config))
-
-
-def _random_top_p_compress(rng: np.random.Generator, config: UniSparseConfig) -> int | None:
-    """None in half of the problems with both rules, and in all others."""
-    if config.top_p is None or config.row_threshold is None or rng.integers(2):
-        return None
-    finest = max(config.q_compress, config.k_compress)  # powers of 2
-    return int(rng.choice([c for c in (2, 4, 8, 16, 32) if c % finest == 0]))
 
 
 def on_device(x: np.ndarray, layout: str, cupy: Any) -> Any:
@@ -103,8 +102,32 @@ def on_device(x: np.ndarray, layout: str, cupy: Any) -> Any:
     return cupy.asarray(room)[:heads, 2 : 2 + length, first : first + dim]
 
 
-def judge(case: Case, found: dict[str, np.ndarray | None]) -> list[StageReport]:
-    """The stages of one fused call against the reference: mean, peak, mask, anchors, out, lse as `found`; outputs on the found mask."""
+@dataclass
+class Outcome:
+    """What one problem showed.
+
+    Attributes:
+        kernel: the attention kernel that ran, as Trace.kernel says it.
+        wrong: what is wrong, in words; nothing where all is well.
+        reports: the stages against the reference, by name.
+        differing: blocks of the mask that differ from the reference's, all of them inside rounding unless `wrong` says so.
+        blocks: entries of the mask.
+        repeats: what was run besides and found the same to the bit (or is in `wrong`).
+    """
+
+    kernel: str
+    wrong: list[str]
+    reports: dict[str, StageReport]
+    differing: int
+    blocks: int
+    repeats: list[str]
+
+
+def judge(case: Case, found: dict[str, np.ndarray | None]) -> tuple[list[StageReport], np.ndarray]:
+    """The stages of one fused call against the reference: mean, peak, mask, anchors, out, lse as `found`; outputs on the found mask.
+
+    Also returns the reference's own mask.
+    """
     problem, tolerance = case.problem, TOLERANCES[case.dtype]
     q, k, v = (x.astype(np.float64) for x in (case.q, case.k, case.v))
     mean, peak = reference.score_blocks(*reference.compress(q, k, problem), problem)
@@ -122,11 +145,11 @@ def judge(case: Case, found: dict[str, np.ndarray | None]) -> list[StageReport]:
     ]
     if problem.config.key_anchors:
         reports.append(compare_anchors(used, anchors, k, tolerance.norms))
-    return reports
+    return reports, mask
 
 
-def run_on_device(case: Case, engine: Any, cupy: Any) -> list[str]:
-    """Everything that is checked of one case, on the GPU and off it -> what is wrong, in words; nothing where all is well.
+def run_on_device(case: Case, engine: Any, cupy: Any) -> Outcome:
+    """Everything that is checked of one case, on the GPU and off it.
 
     The stages by `judge`; and to the bit: a second run, block-aligned chunks, a batch, and a running key summary.
     """
@@ -136,14 +159,15 @@ def run_on_device(case: Case, engine: Any, cupy: Any) -> list[str]:
     names = ("mean", "peak", "mask", "anchors", "lse")
     found = {name: None if getattr(trace, name) is None else cupy.asnumpy(getattr(trace, name)) for name in names}
     found["out"] = cupy.asnumpy(out)
-    wrong = [f"{report.stage}: {report.error:.3g}, allowed {report.allowed:.3g}" for report in judge(case, found) if not report.ok]
+    reports, mask = judge(case, found)
+    wrong = [f"{report.stage}: {report.error:.3g}, allowed {report.allowed:.3g}" for report in reports if not report.ok]
+    by_stage = {report.stage: report for report in reports}
+    outcome = Outcome(trace.kernel, wrong, by_stage, int((found["mask"] != mask).sum()), mask.size, [])
 
-    def same(name: str, other_out: Any, other_trace: Any, rows: slice = slice(None), outputs: bool = True) -> None:
-        blocks = (
-            slice(None)
-            if rows.start is None
-            else slice(rows.start // problem.config.block_size, -(-rows.stop // problem.config.block_size))
-        )
+    def same(kind: str, other_out: Any, other_trace: Any, rows: slice = slice(None), outputs: bool = True) -> None:
+        outcome.repeats.append(kind)
+        size, name = problem.config.block_size, kind if rows.start is None else f"{kind}, rows {rows.start} to {rows.stop}"
+        blocks = slice(None) if rows.start is None else slice(rows.start // size, -(-rows.stop // size))
         if not (cupy.asnumpy(other_trace.mask) == found["mask"][:, blocks]).all():
             wrong.append(f"{name}: another mask")
         elif outputs and cupy.asnumpy(other_out).tobytes() != np.ascontiguousarray(found["out"][:, rows]).tobytes():
@@ -157,7 +181,7 @@ def run_on_device(case: Case, engine: Any, cupy: Any) -> list[str]:
         for start, stop in ((0, cut), (cut, problem.q_len)):
             part = replace(problem, q_len=stop - start, q_offset=problem.q_offset + start)
             few = stop - start <= FEW_QUERIES or problem.q_len <= FEW_QUERIES  # such calls add in another order
-            same(f"rows {start} to {stop}", *engine.run_sparse(q[:, start:stop], k, v, part), slice(start, stop), not few)
+            same("a chunk", *engine.run_sparse(q[:, start:stop], k, v, part), slice(start, stop), not few)
     if rng.integers(3) == 0:
         summary = engine.RunningKeySummary(
             problem.config, problem.num_q_heads, problem.num_kv_heads, problem.head_dim, problem.k_len, case.q.dtype
@@ -172,4 +196,4 @@ def run_on_device(case: Case, engine: Any, cupy: Any) -> list[str]:
             *batch, problem.config, causal=problem.causal, q_offset=problem.q_offset, backend="cupy", return_trace=True
         )
         same("a batch", outs[0], traces[0])
-    return wrong
+    return outcome

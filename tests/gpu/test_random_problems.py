@@ -21,5 +21,5 @@ def test_random_problems_for_a_minute(cupy, tmp_path):
     done = subprocess.run([*script, "--output", str(tmp_path / "found.json")], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert sum(found["problems"].values()) >= 20
+    assert found["problems"] >= 20
     assert found["failures"] == []
