@@ -11,6 +11,7 @@ import pydoc_data.topics
 import subprocess
 import sys
 import sysconfig
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def stamp_of_backend(backend: str) -> dict[str, Any]:
     if backend == "reference":
         return stamp()
     return stamp(metadata.packages_distributions()["cupy"][0]) | {"gpus": gpus()}
+
+
+def plain(attentions: dict[str, Any]) -> dict[str, Any]:
+    """What each name stands for: "dense", or a config's fields."""
+    return {name: attention if isinstance(attention, str) else asdict(attention) for name, attention in attentions.items()}
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ import math
 from collections import defaultdict
 from typing import Any
 
-from common import NEEDLE_LLAMA, RESULTS, stamp_of_backend, write_result
+from common import NEEDLE_LLAMA, RESULTS, plain, stamp_of_backend, write_result
 from losses import QUESTION_SEED, answer, questions
 from workers import in_processes
 
@@ -49,7 +49,7 @@ def main() -> None:
             print(f"{count} of {len(jobs)} questions", flush=True)
     records = [r for r in done.values() if r["length"] in options.lengths and r["question"] < options.questions]
     summary = summarise(records)
-    where = {"stamp": stamp_of_backend(options.backend), "backend": options.backend}
+    where = {"stamp": stamp_of_backend(options.backend), "backend": options.backend, "configs": plain(CONFIGS)}
     path = write_result("needle_accuracy", {**where, "seed": QUESTION_SEED, "model": "examples/needle-llama", "decode": "dense", **summary})
     for row in summary["rows"]:
         kept = f"{row['accuracy']:.3f} ± {row['interval_95']:.3f}, {row['share_of_dense']:.3f} of dense"

