@@ -42,7 +42,8 @@ def main() -> None:
     result = {
         "stamp": stamp_of_backend(options.backend), "model": "SmolLM2-135M-Instruct, from its Q4_1 GGUF", "length": options.length,
         "texts": {"prose": "the Python language reference (pydoc_data.topics)", "code": "modules of Python's standard library"},
-        "configs": plain(PRESETS), "backend": options.backend, "presets": {kind: averages(windows, kind) for kind in ("all", "prose", "code")}, "windows": windows,
+        "configs": plain(PRESETS), "backend": options.backend,
+        "presets": {kind: averages(windows, kind) for kind in ("all", "prose", "code")}, "windows": windows,
     }  # fmt: skip
     print(write_result(f"smollm2_quality_{options.length}", result))
 
