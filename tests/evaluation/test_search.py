@@ -155,7 +155,8 @@ def test_kinds_become_configs() -> None:
     assert [layer.row_threshold for layer in layers] == [0.01, 0.04]  # type: ignore[union-attr]
     both = Kind(64, 4, 2, rule="both")
     assert both.attention(0.05) == UniSparseConfig(64, 4, 2, top_p=0.95, row_threshold=0.02, top_p_compress=8)
-    assert Kind(128, 16, 16, rule="both").config(0.1) == UniSparseConfig(128, 16, 16, top_p=0.9, row_threshold=0.04, top_p_compress=16)
+    assert Kind(128, 16, 16, rule="both").config(0.1) == UniSparseConfig(128, 16, 16, top_p=0.9, row_threshold=0.04)
+    assert Kind(128, 2, 16, rule="both").top_p_compress == 16 and Kind(128, 2, 16).top_p_compress is None
     assert Kind().value(0.9) == 0.5 and precise.value(1e-9) == 0.0005  # inside their ranges
 
 

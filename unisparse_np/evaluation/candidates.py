@@ -37,7 +37,7 @@ COARSE = 8  # top_p_compress of both rules, or what finer composites fit into
 class Kind:
     """Everything of a config but the strictness of its rule. Looseness is 1 - P, or tau; more of it drops more blocks.
 
-    With both rules looseness is 1 - P, tau goes with it, and Top-P reads coarse composites (top_p_compress).
+    With both rules looseness is 1 - P, and tau goes with it.
     factors: one a layer, by which its looseness differs from the common one; None: all layers alike.
     """
 
@@ -60,6 +60,12 @@ class Kind:
         rounded = float(f"{min(max(looseness, limits.lowest), limits.highest):.3g}")
         return rounded if self.rule == "row_threshold" else round(1 - rounded, 6)
 
+    @property
+    def top_p_compress(self) -> int | None:
+        """Coarse composites for Top-P where both rules are on and those of the kind are finer."""
+        coarse = math.lcm(COARSE, self.q_compress, self.k_compress)
+        return None if self.rule != "both" or coarse == self.q_compress == self.k_compress else coarse
+
     def with_factors(self, factors: Sequence[float]) -> Kind:
         return replace(self, factors=tuple(factors))
 
@@ -74,7 +80,7 @@ class Kind:
             key_anchors=self.key_anchors,
             top_p=None if self.rule == "row_threshold" else value,
             row_threshold=None if self.rule == "top_p" else threshold,
-            top_p_compress=math.lcm(COARSE, self.q_compress, self.k_compress) if self.rule == "both" else None,
+            top_p_compress=self.top_p_compress,
         )
 
 

@@ -18,7 +18,7 @@ def plain_fit(fit: Fit) -> dict[str, Any]:
     """A fit as plain JSON values."""
     return {
         "block_size": fit.kind.block_size, "q_compress": fit.kind.q_compress, "k_compress": fit.kind.k_compress,
-        "top_p_compress": fit.kind.config(fit.looseness).top_p_compress,
+        "top_p_compress": fit.kind.top_p_compress,
         "key_anchors": fit.kind.key_anchors, "rule": fit.kind.rule, "value": fit.kind.value(fit.looseness),
         "layer_factors": fit.kind.factors, "keeps_the_bound": fit.reaches, "density": fit.density, "cost": fit.cost,
         "probes": [{"value": fit.kind.value(trial.looseness), "kl": trial.probe.kl, "cost": trial.probe.cost} for trial in fit.trials],
