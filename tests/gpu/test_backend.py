@@ -54,7 +54,9 @@ def random_problem(rng, head_dims=(64, 128), block_sizes=(64, 128, 256)):
         block_size=size,
         q_compress=q_compress,
         k_compress=k_compress,
-        top_p_compress=2 * max(q_compress, k_compress) if rule == 2 and rng.integers(2) else None,  # composites of its own for Top-P
+        top_p_compress=min(size, 2 * max(q_compress, k_compress))
+        if rule == 2 and rng.integers(2)
+        else None,  # composites of its own for Top-P
         head_compress=int(rng.choice(legal)),
         top_p=float(rng.choice([0.1, 0.5, 0.9, 1.0])) if rule != 1 else None,
         row_threshold=float(rng.choice([0.02, 0.1, 0.3])) if rule != 0 else None,
