@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from unisparse_np.config import PRESETS, UniSparseConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -120,6 +122,44 @@ def first_token_rows(result: dict[str, Any]) -> list[Row]:
     return [{"engine": engine, **row} for engine, row in result["speed"]["rows"].items()]
 
 
+def loss_rows(text: dict[str, Any]) -> list[Row]:
+    """Dense attention, the paper's rule bare and with the sink block, and the presets: the loss of each on text, quotations, needles."""
+    others = {name: selection_result(name) for name in ("copy_8192", "needles_4096", "needles_8192", "needles_16384")}
+    dense = {name: {"nll_over_dense": 0.0, "share_on_solved_tasks": 1.0, "density": 1.0} for name in others}
+    rows: list[Row] = [{"attention": "dense", "text": {"kl": 0.0, "density": 1.0, "selection": 0.0}, **dense}]
+    shown = {"paper's rule, bare": UniSparseConfig.paper(), "paper's rule, sink block kept": UniSparseConfig(key_anchors=0, local_blocks=0)}
+    shown |= {f"preset {name}": preset() for name, preset in PRESETS.items() if name != "paper"}
+    for label, config in shown.items():
+        found = {name: row_of_config(result, config) for name, result in {"text": text, **others}.items()}
+        if found["text"] is not None:
+            rows.append({"attention": label, **found})
+    return rows
+
+
+def selection_result(name: str) -> dict[str, Any]:
+    """What benchmarks/selection_rules.py wrote, or no rows."""
+    path = RESULTS / f"selection_rules_{name}.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    return result
+
+
+def row_of_config(result: dict[str, Any], config: UniSparseConfig) -> Row | None:
+    return next((row for row in result["rows"] if row["config"] == asdict(config)), None)
+
+
+def loss(of: str, key: str, form: str, ends: str = "") -> Callable[[Row], str]:
+    """A loss with its 95% interval, and the density at which it was measured; nothing where it was not."""
+
+    def write(row: Row) -> str:
+        found = row[of]
+        if found is None:
+            return ""
+        interval = f" [{found[ends][0]:{form}}, {found[ends][1]:{form}}]" if ends in found else ""
+        return f"{found[key]:{form}}{interval} at {found['density']:.3f}"
+
+    return write
+
+
 GPU = "nvidia_h200"  # whose results are shown
 
 TABLES: list[tuple[str, Table]] = [
@@ -135,6 +175,24 @@ TABLES: list[tuple[str, Table]] = [
                 "share of dense": lambda row: f"{row['share_of_dense']:.3f}",
                 "density": lambda row: f"{row['density']:.3f}",
             },
+        ),
+    ),
+    (
+        "selection_rules_text_8192",
+        Table(
+            "What does sparse attention lose, and at which density? SmolLM2-135M-Instruct on 8,192 tokens of text and in quoting from "
+            "them, needle-llama on the tasks that dense attention solves to 80%; [ ] are 95% intervals, selection is the share of dense "
+            "attention's products that choosing the blocks takes, and more rules are in [selection_rules.md](docs/selection_rules.md)",
+            {
+                "attention": lambda row: row["attention"],
+                "text: KL from dense, per token": loss("text", "kl", ".4f", "kl_interval"),
+                "quoting: NLL over dense": loss("copy_8192", "nll_over_dense", "+.3f", "nll_interval"),
+                "needles kept, 4K": loss("needles_4096", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
+                "8K": loss("needles_8192", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
+                "16K": loss("needles_16384", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
+                "selection": lambda row: f"{row['text']['selection']:.3f}",
+            },
+            loss_rows,
         ),
     ),
     (
