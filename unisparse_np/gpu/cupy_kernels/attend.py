@@ -21,6 +21,7 @@ from .shapes import Rows, aligned, anchor_pitch, check_dtype, is_float16, rows_o
 
 L2_SECTION_BYTES = 32 << 20  # keys and values worked on at a time: they stay in the L2 of an A100, H100 or H200
 HOPPER_HEAD_DIMS = (64, 128)
+SMALLEST_TILE, LARGEST_TILE = 64, 128  # query rows of one item
 REPAIR_BLOCKS, REPAIR_THREADS = 64, 128
 PREPARE_THREADS, PREPARE_BYTES = 1024, 4096  # of prepare.cu
 
@@ -104,11 +105,22 @@ class Keys(NamedTuple):
     anchors: int
 
 
+def tile_rows(problem: Problem, on_hopper: bool) -> int:
+    """Query rows of one item of the attention kernels: BM there."""
+    return SMALLEST_TILE if problem.config.block_size == 64 or (on_hopper and problem.head_dim == 64) else LARGEST_TILE
+
+
+def num_items(problem: Problem, rows: int) -> int:
+    """Items of so many query rows, of all heads."""
+    return problem.num_q_heads * ceil_div(problem.q_len, rows)
+
+
 def work_layout(plan: Plan) -> Layout:
     """Memory of one call: work {head, tile} x items, the kernel's item counter, what repair.cu has to look at, the compact anchors."""
     anchors = plan.problem.num_kv_heads * anchor_rows(plan) * plan.problem.head_dim * 2
-    broken = 8 + 8 * plan.num_items * (plan.tile_rows // 16)
-    return Layout(work=8 * plan.num_items, counter=4, broken=broken, anchor_keys=anchors, anchor_values=anchors)
+    work = 8 * num_items(plan.problem, SMALLEST_TILE)
+    broken = 8 + 8 * (LARGEST_TILE // 16) * num_items(plan.problem, LARGEST_TILE)  # rows past the end count, too
+    return Layout(work=work, counter=4, broken=broken, anchor_keys=anchors, anchor_values=anchors)
 
 
 def attending(
@@ -118,7 +130,7 @@ def attending(
     """Step 6: order the items, gather the anchors, attend, and look after rows that are not finite. room: an address for work_layout."""
     keys, work = Keys(k, v, words, counts, anchors), plan.once(work_layout).addresses(room)
     shape = plan.packed_shape(heads_per_mask, anchors != 0)
-    yield _preparing(keys, shape, work, plan)
+    yield _preparing(keys, shape, work, plan, tile_rows(plan.problem, on_hopper))
     yield (_attending_sm90 if on_hopper else _attending_sm80)(q, keys, out, lse, shape, work, plan, of_float16)
     yield _repairing(q, keys, out, shape, work, plan, of_float16)
 
@@ -136,12 +148,12 @@ def anchor_rows(plan: Plan) -> int:
     return plan.problem.config.key_anchors * anchor_pitch(plan.problem)
 
 
-def _preparing(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan) -> Launch:
+def _preparing(keys: Keys, shape: bytes, room: dict[str, int], plan: Plan, rows: int) -> Launch:
     heads = plan.once(heads_per_section)
     launcher = plan.launcher("prepare.cu", "prepare", PREPARE_THREADS, PREPARE_BYTES)
     sections = ceil_div(plan.problem.num_q_heads, heads)
     pieces = plan.problem.num_kv_heads * anchor_rows(plan) * plan.problem.head_dim // 8 if keys.anchors else 0
-    order = (shape, sections, keys.counts, room["work"], plan.tile_rows, heads, room["counter"], room["broken"])
+    order = (shape, sections, keys.counts, room["work"], rows, heads, room["counter"], room["broken"])
     strides = (keys.k.head_stride, keys.k.row_stride, keys.v.head_stride, keys.v.row_stride)
     anchors = (keys.k.address, keys.v.address, *strides, keys.anchors, room["anchor_keys"], room["anchor_values"])
     return Launch(launcher, sections + ceil_div(pieces, PREPARE_THREADS), 1, (*order, *anchors))
@@ -160,8 +172,9 @@ def _attending_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room:
             TensorMap(address, kv_heads, length, dim, length * dim, dim, of_float16, 64, 64)
             for address in (room["anchor_keys"], room["anchor_values"])
         )
-    grid = min(ceil_div(plan.num_items, layout.teams), num_multiprocessors())
-    after = (shape, room["work"], plan.num_items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
+    items = num_items(problem, tile_rows(problem, True))
+    grid = min(ceil_div(items, layout.teams), num_multiprocessors())
+    after = (shape, room["work"], items, keys.words, keys.anchors, lse, room["counter"], room["broken"])
     return Launch(launcher, grid, 1, (queries, k, v, anchor_k, anchor_v, out, *after))
 
 
@@ -169,7 +182,7 @@ def _attending_sm80(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room:
     launcher = plan.launcher("attend_sm80.cu", "attend_sm80", plan.once(threads_sm80), plan.once(shared_bytes_sm80), of_float16)
     inputs = (q.address, keys.k.address, keys.v.address, out, room["anchor_keys"], room["anchor_values"])
     arguments = (*inputs, *_strides(q, keys), shape, room["work"], keys.words, keys.anchors, lse, room["broken"])
-    return Launch(launcher, plan.num_items, 1, arguments)
+    return Launch(launcher, num_items(plan.problem, tile_rows(plan.problem, False)), 1, arguments)
 
 
 def _repairing(q: Rows, keys: Keys, out: int, shape: bytes, room: dict[str, int], plan: Plan, of_float16: bool) -> Launch:
@@ -192,8 +205,8 @@ class LayoutSm90(NamedTuple):
 
 
 def layout_sm90(plan: Plan) -> LayoutSm90:
-    """One team of two consumers; for blocks of 64 several teams of one, each with a list of its own."""
-    dim, small = plan.problem.head_dim, plan.problem.config.block_size == 64
+    """One team of two consumers; for tiles of 64 rows several teams of one, each with items of its own."""
+    dim, small = plan.problem.head_dim, tile_rows(plan.problem, True) == SMALLEST_TILE
     consumers, teams = (1, 3 if dim == 64 else 2) if small else (2, 1)
     keys_per_tile = 192 if not small else 128 if dim == 64 else 64
     tiles = consumers * 64 + 4 * keys_per_tile  # rows of Q and of two stages of K and V
@@ -210,4 +223,4 @@ def shared_bytes_sm80(plan: Plan) -> int:
 
 def threads_sm80(plan: Plan) -> int:
     """THREADS of attend_sm80.cu."""
-    return 256 if plan.problem.head_dim > 128 and plan.tile_rows == 128 else 128
+    return 256 if plan.problem.head_dim > 128 and tile_rows(plan.problem, False) == LARGEST_TILE else 128

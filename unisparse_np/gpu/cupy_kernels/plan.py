@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import cupy
 import numpy as np
 
-from ...problem import Problem, ceil_div
+from ...problem import Problem
 from .device import kernel, source
 from .launch import Launcher
 from .program import Launch, Program
@@ -35,8 +35,6 @@ class Plan:
         self.scores_shape = (problem.num_composite_heads, problem.num_q_blocks, problem.num_k_blocks)
         self.words_shape = (problem.num_composite_heads, problem.num_q_blocks, words_per_row(problem))  # of the block mask
         self.out_shape = (problem.num_q_heads, problem.q_len, problem.head_dim)
-        self.tile_rows = 64 if config.block_size == 64 else 128  # query rows of one item of the attention kernels
-        self.num_items = problem.num_q_heads * ceil_div(problem.q_len, self.tile_rows)
         self.programs: dict[tuple[Any, ...], Program] = {}
         self._results: dict[Callable[[Plan], Any], Any] = {}
         self._shapes: dict[tuple[int, int], np.ndarray] = {}

@@ -3,8 +3,8 @@
 #include "hopper.cuh"
 #include "mask.cuh"
 
-#define CONSUMERS (BLOCK_SIZE == 64 ? 1 : 2)
-#define TEAMS (BLOCK_SIZE > 64 ? 1 : HEAD_DIM == 64 ? 3 : 2)
+#define CONSUMERS (BLOCK_SIZE == 64 || HEAD_DIM == 64 ? 1 : 2)
+#define TEAMS (CONSUMERS == 2 ? 1 : HEAD_DIM == 64 ? 3 : 2)
 #define BM (64 * CONSUMERS)
 #define BN (CONSUMERS == 2 ? 192 : HEAD_DIM == 64 ? 128 : 64)
 #define PART 64  // keys of one block in a tile
