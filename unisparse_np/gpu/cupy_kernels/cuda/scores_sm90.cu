@@ -9,6 +9,7 @@
 //   3  blocks of 4 and 8 composites too: a stored sum is then a block, and a thread block merges several query blocks
 //   4  merge_scores goes on to steps 4-5 where the host asks for it (few blocks, or blocks of 4): no score reaches global memory
 //   5  sums of 32 keys where a block has as many, and only those of mean and peak that a rule reads
+//   6  in its second look at the sums merge_scores has a thread go through the queries of a tile, instead of lanes that meet by shuffles
 //
 // For QUERIES_PER_BLOCK >= 4 and KEYS_PER_BLOCK 4 to 64; scores.cu does the rest.
 // A stored sum lies between 2^-24 and GROUP of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
@@ -210,6 +211,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
 #define QUERIES (QUERIES_PER_BLOCK < 16 ? 16 : QUERIES_PER_BLOCK)  // of a thread block
 #define Q_BLOCKS (QUERIES / QUERIES_PER_BLOCK)
 #define ROWS_PER_BLOCK (QUERIES_PER_BLOCK < 16 ? QUERIES_PER_BLOCK : 16)  // of 16 queries, those of one block
+#define PIECE (GROUPS < 8 ? GROUPS : 8)  // sums of a query that a thread takes at once, up to 16 bytes
+#define PIECES (GROUPS / PIECE)          // of a tile
+#define BLOCKS_PER_PIECE (PIECE / GROUPS_PER_BLOCK)
 
 struct LaneSums {  // a lane's share of a tile: half a query's sums
   float x[GROUPS / 2];
@@ -240,6 +244,27 @@ struct LaneSums {  // a lane's share of a tile: half a query's sums
     return sum;
   }
 };
+
+// One query's PIECE stored sums times `weight`, added to its blocks' mass, and the most of any query.
+DEVICE void add_shares(float (&mass)[BLOCKS_PER_PIECE], float (&most)[BLOCKS_PER_PIECE], const uint16_t* sums, float weight) {
+  uint32_t raw[PIECE / 2];
+  if (PIECE == 8) {
+    const int4 eight = *(const int4*)sums;
+    raw[0] = eight.x; raw[1] = eight.y; raw[PIECE / 2 - 2] = eight.z; raw[PIECE / 2 - 1] = eight.w;
+  } else {
+    const uint2 four = *(const uint2*)sums;
+    raw[0] = four.x; raw[1] = four.y;
+  }
+#pragma unroll
+  for (int b = 0; b < BLOCKS_PER_PIECE; ++b) {
+    float share = 0.f;
+#pragma unroll
+    for (int g = b * GROUPS_PER_BLOCK; g < (b + 1) * GROUPS_PER_BLOCK; ++g) share += from_half((uint16_t)(raw[g / 2] >> 16 * (g & 1)));
+    share = weight > 0.f ? share * weight : 0.f;
+    mass[b] += share;
+    most[b] = fmaxf(most[b], share);
+  }
+}
 
 // Grid: (query blocks, or sixteens of composite queries where blocks are smaller; composite heads of this launch). Reads what
 // score_tiles wrote; mean [Hc, Nq, Nk] in units or null, peak [Hc, Nq, Nk] or null. with_mean, with_peak: which of the two is
@@ -290,28 +315,27 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
       log_sums[threadIdx.x] = total > 0.f ? all + log2_fast(total) : INFINITY_F;  // a query that does not exist gives 0 to all
     }
     __syncthreads();
-    const float log_sum = log_sums[row16];
-#pragma unroll 4
-    for (int n = warp; n < tiles; n += MERGE_THREADS / 32) {
-      const LaneSums s(sums + (at + n) * (16 * GROUPS));
-      const float weight = exp2_fast(maxima[(at + n) * 16 + row16] - log_sum);
+    // a thread takes PIECE neighbouring sums of a tile, query after query, and is always the same for a block: sums keep their order
+    for (int i = threadIdx.x; i < tiles * PIECES; i += MERGE_THREADS) {
+      const int n = i / PIECES, piece = i % PIECES;
+      const uint16_t* from = sums + (at + n) * (16 * GROUPS) + piece * PIECE;
 #pragma unroll
-      for (int b = 0; b < BLOCKS_PER_TILE / 2; ++b) {
-        float share = 0.f;
+      for (int first = 0; first < 16; first += ROWS_PER_BLOCK) {
+        float mass[BLOCKS_PER_PIECE] = {}, most[BLOCKS_PER_PIECE] = {};
 #pragma unroll
-        for (int g = 0; g < GROUPS_PER_BLOCK; ++g) share += s.x[b * GROUPS_PER_BLOCK + g];
-        share = weight > 0.f ? share * weight : 0.f;
-        float most = share;
-#pragma unroll
-        for (int bit = 2; bit < 2 * ROWS_PER_BLOCK; bit *= 2) {
-          if (with_mean) share += __shfl_xor_sync(0xffffffffu, share, bit);
-          if (with_peak) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
+        for (int row = first; row < first + ROWS_PER_BLOCK; row += 4) {
+          const float4 highest = *(const float4*)(maxima + (at + n) * 16 + row), log_sum = *(const float4*)(log_sums + row);
+          add_shares(mass, most, from + row * GROUPS, exp2_fast(highest.x - log_sum.x));
+          add_shares(mass, most, from + (row + 1) * GROUPS, exp2_fast(highest.y - log_sum.y));
+          add_shares(mass, most, from + (row + 2) * GROUPS, exp2_fast(highest.z - log_sum.z));
+          add_shares(mass, most, from + (row + 3) * GROUPS, exp2_fast(highest.w - log_sum.w));
         }
-        const int place = side * (BLOCKS_PER_TILE / 2) + b;
-        const int block = n * BLOCKS_PER_TILE + (GROUPS_PER_BLOCK == 1 ? group_at(place) : place) + row16 / ROWS_PER_BLOCK * blocks;
-        if (row16 % ROWS_PER_BLOCK == 0) {  // the same lane every time: sums keep their order
-          if (with_mean) mean_here[block] += share;
-          if (with_peak) peak_here[block] = fmaxf(most, peak_here[block]);
+#pragma unroll
+        for (int b = 0; b < BLOCKS_PER_PIECE; ++b) {
+          const int place = piece * BLOCKS_PER_PIECE + b;
+          const int block = n * BLOCKS_PER_TILE + (GROUPS_PER_BLOCK == 1 ? group_at(place) : place) + first / ROWS_PER_BLOCK * blocks;
+          if (with_mean) mean_here[block] += mass[b];
+          if (with_peak) peak_here[block] = fmaxf(most[b], peak_here[block]);
         }
       }
     }

@@ -5,6 +5,7 @@
 //      that score are filled in index order; exactly the stable sort's prefix, whatever the order of summation
 //   2  four scores a load; the search ends where one score is left between its bounds, after about half of the bits
 //   3  on Hopper, for few or small blocks, no kernel of its own: merge_scores (scores_sm90.cu) ends with steps 4-5
+//   4  peaks of four words at a time under way, where each word had waited for its own
 //
 // One warp a row [Nk]; scores are whole numbers in units of 2^-30. Shared memory: a row of scores for each warp.
 #include "select_row.cuh"
@@ -28,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) select_blocks(
   if (scores) {
     WarpTeam team;
     const int visible = visible_blocks(shape, q_block);
+#pragma unroll 8
     for (int j = lane; j < visible; j += 32) scores[j] = as_handed_out(mean[first + j]);
     __syncwarp();
     cut = cut_at(top_p[head], scores, visible, team);

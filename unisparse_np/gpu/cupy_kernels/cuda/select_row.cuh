@@ -78,17 +78,22 @@ struct Row {  // one query block's part of steps 4-5
     const int j = 32 * w + (threadIdx.x & 31);
     return __ballot_sync(0xffffffffu, j < visible && scores[j] == cut.threshold);
   }
-  // Which of them are kept, by one warp; ties: how many of those with the threshold's score.
-  DEVICE uint32_t word(int w, Cut cut) const {
+  // Whether the row threshold keeps the lane's block of them.
+  DEVICE bool above_threshold(int w) const {
+    const int j = 32 * w + (threadIdx.x & 31);
+    return row_threshold && j < visible && peak[j] > *row_threshold;
+  }
+  // Which of them are kept, by one warp; ties: how many of those with the threshold's score; above: see above_threshold.
+  DEVICE uint32_t word(int w, Cut cut, bool above) const {
     const int lane = threadIdx.x & 31, j = 32 * w + lane;
-    bool keep = j < sink_stop || j >= local_start;
+    bool keep = above || j < sink_stop || j >= local_start;
     if (scores) {
       const uint32_t score = j < visible ? scores[j] : 0, before = __popc(ties(w, cut) & ((1u << lane) - 1));
       keep |= score > cut.threshold || (score == cut.threshold && before < cut.ties);
     }
-    if (row_threshold && j < visible) keep |= peak[j] > *row_threshold;
     return __ballot_sync(0xffffffffu, keep && j < visible);
   }
+  DEVICE uint32_t word(int w, Cut cut) const { return word(w, cut, above_threshold(w)); }
 };
 
 // Steps 4-5, by one warp: writes words [words_per_row] of query block q_block and returns how many blocks it keeps. scores: in shared
@@ -97,11 +102,20 @@ DEVICE int select_row(const uint32_t* scores, Cut cut, const float* peak, const 
                       uint32_t* words) {
   const Row row(scores, peak, row_threshold, shape, q_block);
   int count = 0;
-  for (int w = 0; w < shape.words_per_row; ++w) {
-    const uint32_t word = row.word(w, cut);
-    if (scores) cut.ties -= min(cut.ties, (uint32_t)__popc(row.ties(w, cut)));
-    if ((threadIdx.x & 31) == 0) words[w] = word;
-    count += __popc(word);
+  constexpr int AT_ONCE = 4;  // words whose peaks are under way together
+  for (int first = 0; first < shape.words_per_row; first += AT_ONCE) {
+    bool above[AT_ONCE];
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) above[n] = row.above_threshold(first + n);
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) {
+      const int w = first + n;
+      if (w >= shape.words_per_row) break;
+      const uint32_t word = row.word(w, cut, above[n]);
+      if (scores) cut.ties -= min(cut.ties, (uint32_t)__popc(row.ties(w, cut)));
+      if ((threadIdx.x & 31) == 0) words[w] = word;
+      count += __popc(word);
+    }
   }
   return count;
 }
