@@ -84,17 +84,22 @@ RULES: dict[str, UniSparseConfig] = {
     "S 64, c_q 1, c_k 16, tau .02": config(tau=0.02, q_compress=1, k_compress=16, **S64),
     "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02": config(0.95, 0.02, q_compress=4, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .95 or c_q 8, c_k 2, tau .02": config(0.95, 0.02, q_compress=8, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c 8, P .93 or c_q 4, c_k 2, tau .02": config(0.93, 0.02, q_compress=4, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c 8, P .90 or c_q 2, c_k 4, tau .02": config(0.90, 0.02, q_compress=2, k_compress=4, top_p_compress=8, **S64),
+    "S 64, c 8, P .90 or c_q 2, c_k 2, tau .03": config(0.90, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c 8, P .93 or c_q 2, c_k 2, tau .03": config(0.93, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c 8, P .95 or c_q 2, c_k 2, tau .03": config(0.95, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
 }
 
+UNIONS = tuple(rule for rule in RULES if " or c_q " in rule)
 ON_NEEDLES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "tau .02", "c 4, tau .02", "c 2, tau .02",
     "S 64", "S 64, c 4, P .98", "S 64, tau .02", "S 64, c 4, tau .02", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02",
-    "S 64, c_q 1, c_k 8, tau .025", "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02",
+    "S 64, c_q 1, c_k 8, tau .025", *UNIONS,
 )  # fmt: skip
 ON_COPIES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64",
-    "S 64, c 4, P .98", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02", "S 64, c_q 1, c_k 8, tau .025",
-    "S 64, c 8, P .95 or c_q 4, c_k 2, tau .02",
+    "S 64, c 4, P .98", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02", "S 64, c_q 1, c_k 8, tau .025", *UNIONS,
 )  # fmt: skip
 DEFAULT_RULES = {"text": tuple(RULES), "copy": ON_COPIES, "needles": ON_NEEDLES}
 
