@@ -20,6 +20,7 @@ from . import gemv, layers
 from .decode_attention import DecodeAttention, can_decode
 from .device import kernel
 from .overlap import overlap_is_possible
+from .rotation import element, rotation_of, write_rotary_table
 
 
 class LayerStep(NamedTuple):
@@ -76,11 +77,12 @@ class Decoder:
         self._logits = cupy.empty(len(weights.head), np.float32)
         self._tensor = None if tensor is None or tensor.size == 1 else tensor
         self._summand = cupy.empty((1, hidden), dtype)  # this rank's of a product, where there are several
-        self._set_step = kernel("layers.cu", "set_step", 0, **layers.element(dtype), WIDTH=hidden, THREADS=layers.threads_of_row(hidden))
+        self._set_step = kernel("layers.cu", "set_step", 0, **element(dtype), WIDTH=hidden, THREADS=layers.threads_of_row(hidden))
         self._steps: list[LayerStep] = []
         self._running: list[Any] = []  # the layers' RunningKeySummary, None where dense
         self._length_expected = -1  # of the cache, if nobody else wrote to it since the last step
         self._overlap = overlap_is_possible()
+        self._rotation = rotation_of(*heads, 1, dim, dtype, None, self._overlap)
         self._warm = False
         self._graph: Any = None
 
@@ -132,7 +134,7 @@ class Decoder:
         """The whole step, from the token and position in device memory to the logits."""
         eps = self._config.rms_norm_eps
         layers.write_embedding(self._weights.embedding, self._token, self._x)
-        layers.write_rotary_table(self._inv_freq, 0, self._position, self._cache.rotary_factor, self._table)
+        write_rotary_table(self._inv_freq, 0, self._position, self._cache.rotary_factor, self._table)
         for step in self._steps:
             self._launch_attention(step, eps)
             weights = step.weights
@@ -146,7 +148,7 @@ class Decoder:
         gemv.norm_gemv(weights.qkv, self._x, weights.input_norm, eps, weights.qkv_bias, self._qkv, overlap)
         norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm, eps)
         outputs = (self._q, step.keys, step.values)
-        layers.launch_rotation(self._qkv, self._table, norms, self._position, outputs, None, overlap=overlap)
+        self._rotation.launch(self._qkv, self._table, norms, self._position, outputs)
         step.attention.launch(self._q[:, 0], step.keys, step.values, self._position, step.summary, self._attended, overlap)
         self._add_product(self._attended, weights.output, weights.output_bias)
 
