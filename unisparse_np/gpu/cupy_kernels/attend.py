@@ -215,10 +215,9 @@ def layout_sm90(plan: Plan) -> LayoutSm90:
 
 def shared_bytes_sm80(plan: Plan) -> int:
     """Shared memory of a thread block of attend_sm80.cu: tiles of Q, K and V, 64 bytes, and the list of what an item visits."""
-    dim, num_k_blocks = plan.problem.head_dim, plan.problem.num_k_blocks
-    q_rows, k_rows = (64 if plan.problem.config.block_size == 64 else 128), (32 if dim > 128 else 64)
+    num_k_blocks, k_rows = plan.problem.num_k_blocks, 64
     entries = num_k_blocks + ceil_div(num_k_blocks, k_rows)
-    return (q_rows + 2 * k_rows) * (dim + 8) * 2 + 64 + 16 * ceil_div(2 * entries, 16)
+    return (plan.tile_rows + 2 * k_rows) * (plan.problem.head_dim + 8) * 2 + 64 + 16 * ceil_div(2 * entries, 16)
 
 
 def threads_sm80(plan: Plan) -> int:

@@ -9,85 +9,129 @@
 //   5  what the item visits is listed once, by one warp, in shared memory; one stage of K and of V: the values come in under QK, the
 //      next keys under the softmax and PV, and 70 KB a thread block (head_dim 128) leave room for two on an A100 too
 //   6  addresses are worked out anew from the thread's index at each use: registers are for the accumulators
+//   7  a tile in two halves: the weights of the first come from its scores while the tensor cores score the second, and the weights of
+//      the second while they add the values of the first. The output is scaled only where a row of the warp has a new maximum.
 //
-// Shared memory: Q [BM][PITCH], K [BN][PITCH], V [BN][PITCH], Control, the list: blocks, last first, then the first word of each group of
-// BN anchors; PITCH = HEAD_DIM + 8 elements, so that the eight rows of an ldmatrix fall into different banks.
+// Shared memory: Q [BM][PITCH], K [BN][PITCH], V [BN][PITCH], Item, the list (see attend_sm80_visits.cuh); PITCH = HEAD_DIM + 8 elements,
+// so that the eight rows of an ldmatrix fall into different banks.
 #include "mask.cuh"
+#include "attend_sm80_visits.cuh"
 
-#define BM (BLOCK_SIZE == 64 ? 64 : 128)
-#define BN (HEAD_DIM > 128 ? 32 : 64)
-#define WARPS (HEAD_DIM > 128 && BM == 128 ? 8 : 4)
 #define ROW_TILES (BM / WARPS / 16)  // m16 tiles a warp
-#define THREADS (32 * WARPS)
-#define PITCH (HEAD_DIM + 8)
-#define ROW_BYTES (PITCH * 2)
+#define HALF (BN / 2)                // keys that are scored, weighed and added together
 #define Q_BYTES (BM * ROW_BYTES)
 #define TILE_BYTES (BN * ROW_BYTES)
-#define CONTROL_AT (Q_BYTES + 2 * TILE_BYTES)
-#define TILES_PER_BLOCK (BLOCK_SIZE / BN)
+#define ITEM_AT (Q_BYTES + 2 * TILE_BYTES)
 
-// Copies ROWS rows of one head into padded shared memory; rows past the end are zero.
-template <int ROWS> DEVICE void load_rows(uint32_t to, const uint16_t* from, int64_t pitch, int first, int count) {
-  constexpr int CHUNKS = HEAD_DIM / 8, STEP = THREADS / CHUNKS;
-  if constexpr (THREADS % CHUNKS == 0 && ROWS % STEP == 0) {
-    const int t = thread_again(), r = t / CHUNKS, chunk = t % CHUNKS;
-    const uint32_t target = to + r * ROW_BYTES + chunk * 16;
-    const uint16_t* source = from + (first + r) * pitch + chunk * 8;
-    if (first + ROWS <= count) {
+// In tensor-core layout; thread t holds row t % 32 / 4 of each m16 tile of its warp, and the row 8 below it.
+typedef float Scores[ROW_TILES][HALF / 2];
+typedef uint32_t Weights[ROW_TILES][HALF / 16][4];
+typedef float Output[ROW_TILES][HEAD_DIM / 8][4];
+
+// s [the warp's rows, HALF keys] = Q K^T. Addresses of what this lane reads by ldmatrix.
+DEVICE void score(Scores& s, uint32_t q_at, uint32_t k_at) {
 #pragma unroll
-      for (int i = 0; i < ROWS / STEP; ++i, source += STEP * pitch) copy_async(target + i * (STEP * ROW_BYTES), source, true);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < ROWS / STEP; ++i, source += STEP * pitch) {
-        const bool exists = first + r + i * STEP < count;
-        copy_async(target + i * (STEP * ROW_BYTES), exists ? source : from, exists);
+  for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+    for (int j = 0; j < HALF / 2; ++j) s[m][j] = 0.f;
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    uint32_t a[ROW_TILES][4];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) load_matrix(a[m], q_at + 16 * m * ROW_BYTES + step * 32);
+#pragma unroll
+    for (int n = 0; n < HALF / 16; ++n) {
+      uint32_t b[4];
+      load_matrix(b, k_at + n * 16 * ROW_BYTES + step * 32);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+        mma(s[m] + 8 * n, a[m], b[0], b[1]);
+        mma(s[m] + 8 * n + 4, a[m], b[2], b[3]);
       }
-    }
-  } else {
-#pragma unroll 1
-    for (int e = threadIdx.x; e < ROWS * CHUNKS; e += THREADS) {
-      const int r = e / CHUNKS, chunk = e % CHUNKS;
-      const bool exists = first + r < count;
-      copy_async(to + r * ROW_BYTES + chunk * 16, from + (exists ? first + r : 0) * pitch + chunk * 8, exists);
     }
   }
 }
 
-struct Control {  // in shared memory, because registers are short
-  const uint16_t *keys, *values, *anchor_keys, *anchor_values;  // of this item's KV head
-  int key_tiles, num_tiles, unused[6];
-};
-struct Visits {
-  int blocks, anchor_groups;
-};
-// Lists what an item visits: selected blocks, last first, then the first word of each group of BN anchors with an unselected block. By one warp.
-DEVICE Visits list_visits(uint16_t* list, const uint32_t* words, const Shape& shape, int head, int q_block, int visible) {
-  const int lane = threadIdx.x & 31;
-  Visits n = {0, 0};
-  const int chunks = ceil_div(visible, 1024);
-  for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-    const int w = 32 * chunk + 31 - lane;  // the first lane has the last word
-    uint32_t bits = selected_word(words, shape, head, q_block, w, visible);
-    int upto = __popc(bits);
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, upto, step);
-      if (lane >= step) upto += other;
+// o += the weights times the values of HALF keys.
+DEVICE void add_values(Output& o, const Weights& p, uint32_t v_at) {
+#pragma unroll
+  for (int step = 0; step < HALF / 16; ++step) {
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 16; ++n) {
+      uint32_t b[4];
+      load_matrix_transposed(b, v_at + step * 16 * ROW_BYTES + n * 32);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+        mma(o[m][2 * n], p[m][step], b[0], b[1]);
+        mma(o[m][2 * n + 1], p[m][step], b[2], b[3]);
+      }
     }
-    for (int at = n.blocks + upto - __popc(bits); bits; ++at) {
-      const int bit = 31 - __clz(bits);
-      bits &= ~(1u << bit);
-      list[at] = (uint16_t)(32 * w + bit);
+  }
+}
+
+// The online softmax of a thread's rows, in powers of two: [m][0] the row in the upper half of an m16 tile, [m][1] the row in the lower.
+struct Softmax {
+  float largest[ROW_TILES][2], sum[ROW_TILES][2], scale[ROW_TILES][2];
+
+  DEVICE void begin() {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+      largest[m][0] = largest[m][1] = -INFINITY_F;
+      sum[m][0] = sum[m][1] = 0.f;
     }
-    n.blocks += __shfl_sync(0xffffffffu, upto, 31);
   }
-  for (int chunk = 0; shape.key_anchors && chunk < chunks; ++chunk) {
-    const int w = 32 * chunk + lane;
-    uint32_t any = __ballot_sync(0xffffffffu, unselected_word(words, shape, head, q_block, w, visible) != 0);
-    if (BN == 64) any = (any | any >> 1) & 0x55555555u;
-    if (any >> lane & 1) list[n.blocks + n.anchor_groups + __popc(any & ((1u << lane) - 1u))] = (uint16_t)w;
-    n.anchor_groups += __popc(any);
+  // Weights of HALF more keys from their scores; c: scale_log2. Returns whether `scale`, what the output so far is to be scaled by, is
+  // anything but 1 in a row of the warp.
+  DEVICE bool weigh(Weights& p, const Scores& s, float c) {
+    bool moved = false;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x = fmaxf(s[m][2 * r], s[m][2 * r + 1]);
+#pragma unroll
+        for (int j = 1; j < HALF / 8; ++j) x = fmaxf(x, fmaxf(s[m][4 * j + 2 * r], s[m][4 * j + 2 * r + 1]));
+        x = quad_max(x);
+        moved |= x > largest[m][r];
+        x = fmaxf(x, largest[m][r]);
+        const float from = x == -INFINITY_F ? 0.f : x;  // rows that saw nothing yet
+        scale[m][r] = exp2_fast((largest[m][r] - from) * c);
+        largest[m][r] = x;
+        sum[m][r] *= scale[m][r];
+#pragma unroll
+        for (int j = 0; j < HALF / 8; ++j) {
+          const float a = exp2_fast(fmaf(s[m][4 * j + 2 * r], c, -from * c)), b = exp2_fast(fmaf(s[m][4 * j + 2 * r + 1], c, -from * c));
+          sum[m][r] += a + b;
+          p[m][j / 2][2 * (j % 2) + r] = pack(a, b);
+        }
+      }
+    }
+    return __any_sync(0xffffffffu, moved);
   }
-  return n;
+  DEVICE void rescale(Output& o) const {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[m][i][e] *= scale[m][e / 2];
+  }
+};
+
+// Hides what a row may not see of HALF keys or anchors from `tile` on.
+DEVICE void hide(Scores& s, int tile, const volatile Item& item, const uint32_t* words, const int* anchors, const Shape& shape) {
+  const int t = thread_again(), first_row = item.first_row, visible = item.visible, tile_last = last_visible_key(shape, first_row);
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m) {
+    const int row = first_row + (t >> 5) * (16 * ROW_TILES) + 16 * m + ((t & 31) >> 2);
+    const Mask<HALF> mask = {anchors, item.kv_head, visible, last_visible_key(shape, row), last_visible_key(shape, row + 8), tile_last, (t & 3) * 2};
+    if (tile >= 0) {
+      mask.hide_keys(s[m], tile);
+    } else {
+      const uint32_t unselected[1] = {unselected_word(words, shape, item.head, item.q_block, ~tile % shape.anchor_pitch / 32, visible)};
+      mask.hide_anchors(s[m], ~tile, unselected, shape);
+    }
+  }
 }
 
 // One thread block an item. Strides in elements, last axis contiguous; compact anchors [Hkv, r * anchor_pitch, d].
@@ -101,186 +145,105 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_sm80(
 {
   DYNAMIC_SHARED(shared);
   const uint32_t q_tile = shared_address(shared), k_tile = q_tile + Q_BYTES, v_tile = k_tile + TILE_BYTES;
-  volatile Control& control = *(volatile Control*)(shared + CONTROL_AT);
-  uint16_t* const list = (uint16_t*)(shared + CONTROL_AT + sizeof(Control));
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int2 item = work[blockIdx.x];
-  const int head = item.x, first_row = item.y * BM, kv_head = head / (shape.num_q_heads / shape.num_kv_heads);
-  const int q_block = first_row / BLOCK_SIZE, visible = visible_blocks(shape, q_block);
-  load_rows<BM>(q_tile, queries + head * q_head_stride, q_row_stride, first_row, shape.q_len);
-  if (warp == 0) {
-    const Visits n = list_visits(list, words, shape, head, q_block, visible);
-    if (lane == 0) {
+  volatile Item& item = *(volatile Item*)(shared + ITEM_AT);
+  uint16_t* const list = (uint16_t*)(shared + ITEM_AT + sizeof(Item));
+  {
+    const int2 place = work[blockIdx.x];
+    const int head = place.x, first_row = place.y * BM;
+    load_rows<BM>(q_tile, queries + head * q_head_stride, q_row_stride, first_row, shape.q_len);
+    if (threadIdx.x == 0) {
+      const int kv_head = head / (shape.num_q_heads / shape.num_kv_heads);
       const int64_t anchor_at = (int64_t)kv_head * shape.key_anchors * shape.anchor_pitch * HEAD_DIM;
-      control.keys = keys + kv_head * k_head_stride;
-      control.values = values + kv_head * v_head_stride;
-      control.anchor_keys = anchor_keys + anchor_at;
-      control.anchor_values = anchor_values + anchor_at;
-      control.key_tiles = n.blocks * TILES_PER_BLOCK;
-      control.num_tiles = n.blocks * TILES_PER_BLOCK + n.anchor_groups * shape.key_anchors;
+      item.keys = keys + kv_head * k_head_stride;
+      item.values = values + kv_head * v_head_stride;
+      item.anchor_keys = anchor_keys + anchor_at;
+      item.anchor_values = anchor_values + anchor_at;
+      item.head = head;
+      item.kv_head = kv_head;
+      item.first_row = first_row;
+      item.q_block = first_row / BLOCK_SIZE;
+      item.visible = visible_blocks(shape, first_row / BLOCK_SIZE);
+    }
+    if (threadIdx.x < 32) {
+      __syncwarp();
+      list_visits(item, list, words, shape);
     }
   }
   __syncthreads();
-  // A tile is the position of its first key, or ~(first row of the compact anchors).
-  const auto tile_at = [&](int j) {
-    const int key_tiles = control.key_tiles;
-    if (j < key_tiles) return list[j / TILES_PER_BLOCK] * BLOCK_SIZE + (TILES_PER_BLOCK - 1 - j % TILES_PER_BLOCK) * BN;
-    const int i = j - key_tiles, group = i / shape.key_anchors;
-    return ~((i - group * shape.key_anchors) * shape.anchor_pitch + 32 * list[key_tiles / TILES_PER_BLOCK + group]);
-  };
   const auto load_tile = [&](uint32_t to, const uint16_t* from, int64_t pitch, const uint16_t* anchors_from, int tile) {
     if (tile >= 0) load_rows<BN>(to, from, pitch, tile, shape.k_len);
     else load_rows<BN>(to, anchors_from, HEAD_DIM, ~tile, shape.key_anchors * shape.anchor_pitch);
     copy_commit();
   };
-  const auto load_keys = [&](int j) { load_tile(k_tile, control.keys, k_row_stride, control.anchor_keys, tile_at(j)); };
-  // tiles of keys no row of this item sees are left out (the upper half of a block of 256)
-  const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, first_row + BM)) : shape.k_len;
-  int j = 0;
-  while (j < control.key_tiles && tile_at(j) >= stop) ++j;
-  if (j < control.num_tiles) load_keys(j);
+  Walk walk = {0, 0};
+  {  // tiles of keys no row of this item sees are left out (the upper half of a block of 256)
+    const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, item.first_row + BM)) : shape.k_len;
+    while (walk.entry < item.num_blocks && walk.tile(item, list, shape) >= stop) walk.go_on(item, shape);
+  }
+  int tile = walk.tile(item, list, shape);
+  if (tile != NO_TILE) load_tile(k_tile, item.keys, k_row_stride, item.anchor_keys, tile);
 
-  float o[ROW_TILES][HEAD_DIM / 8][4];
-  float max0[ROW_TILES], max1[ROW_TILES], sum0[ROW_TILES], sum1[ROW_TILES];
+  Output o;
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; ++m) {
-    max0[m] = max1[m] = -INFINITY_F;
-    sum0[m] = sum1[m] = 0.f;
+  for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) o[m][i][0] = o[m][i][1] = o[m][i][2] = o[m][i][3] = 0.f;
-  }
+  Softmax softmax;
+  softmax.begin();
   const float c = shape.scale_log2;
 #pragma unroll 1
-  for (; j < control.num_tiles; ++j) {
-    const int tile = tile_at(j);
+  while (tile != NO_TILE) {
     copy_wait<0>();
     __syncthreads();  // these keys are there, and nobody reads the values before any more
-    load_tile(v_tile, control.values, v_row_stride, control.anchor_values, tile);
+    load_tile(v_tile, item.values, v_row_stride, item.anchor_values, tile);
 
-    float s[ROW_TILES][BN / 2];
+    Scores early, late;
+    Weights p, q;
     const int thread = thread_again(), lane = thread & 31;  // ldmatrix reads four 8 x 8 matrices; lane / 8 is the one this lane addresses
     const uint32_t q_at = q_tile + ((thread >> 5) * (16 * ROW_TILES) + (lane & 15)) * ROW_BYTES + (lane >> 4) * 16;
     const uint32_t k_at = k_tile + ((lane >> 4) * 8 + (lane & 7)) * ROW_BYTES + (lane >> 3 & 1) * 16;
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-      for (int j = 0; j < BN / 2; ++j) s[m][j] = 0.f;
-#pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; ++step) {
-      uint32_t a[ROW_TILES][4];
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m)
-        load_matrix(a[m], q_at + 16 * m * ROW_BYTES + step * 32);
-#pragma unroll
-      for (int n = 0; n < BN / 16; ++n) {
-        uint32_t b[4];
-        load_matrix(b, k_at + n * 16 * ROW_BYTES + step * 32);
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) {
-          mma(s[m] + 8 * n, a[m], b[0], b[1]);
-          mma(s[m] + 8 * n + 4, a[m], b[2], b[3]);
-        }
-      }
-    }
-    if (tile < 0 || tile + BN - 1 > last_visible_key(shape, first_row)) {
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
-        const int t = thread_again(), row = first_row + (t >> 5) * (16 * ROW_TILES) + ((t & 31) >> 2), column = (t & 3) * 2;
-        const int last0 = last_visible_key(shape, row + 16 * m), last1 = shape.causal ? last0 + 8 : last0;
-        const Mask<BN> mask = {anchors, kv_head, visible, last0, last1, last_visible_key(shape, first_row), column};
-        if (tile >= 0) {
-          mask.hide_keys(s[m], tile);
-        } else {
-          uint32_t unselected[BN / 32];
-          const int word = ~tile % shape.anchor_pitch / 32;
-#pragma unroll
-          for (int w = 0; w < BN / 32; ++w) unselected[w] = unselected_word(words, shape, head, q_block, word + w, visible);
-          mask.hide_anchors(s[m], ~tile, unselected, shape);
-        }
-      }
-    }
+    const bool partly = tile < 0 || tile + BN - 1 > last_visible_key(shape, item.first_row);
+    score(early, q_at, k_at);
+    if (partly) hide(early, tile, item, words, anchors, shape);
+    score(late, q_at, k_at + HALF * ROW_BYTES);
+    const bool early_moved = softmax.weigh(p, early, c);
+    if (partly) hide(late, tile < 0 ? tile - HALF : tile + HALF, item, words, anchors, shape);
+    walk.go_on(item, shape);
+    tile = walk.tile(item, list, shape);
     copy_wait<0>();
     __syncthreads();  // the values are there, and nobody reads these keys any more
-    if (j + 1 < control.num_tiles) load_keys(j + 1);
-    uint32_t p[ROW_TILES][BN / 16][4];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
-      float x0 = max0[m], x1 = max1[m];
-#pragma unroll
-      for (int j = 0; j < BN / 8; ++j) {
-        x0 = fmaxf(x0, fmaxf(s[m][4 * j], s[m][4 * j + 1]));
-        x1 = fmaxf(x1, fmaxf(s[m][4 * j + 2], s[m][4 * j + 3]));
-      }
-      x0 = quad_max(x0);
-      x1 = quad_max(x1);
-      const float n0 = x0 == -INFINITY_F ? 0.f : x0 * c, n1 = x1 == -INFINITY_F ? 0.f : x1 * c;  // rows that saw nothing yet
-      const float scale0 = exp2_fast(fmaf(max0[m], c, -n0)), scale1 = exp2_fast(fmaf(max1[m], c, -n1));
-      max0[m] = x0;
-      max1[m] = x1;
-      sum0[m] *= scale0;
-      sum1[m] *= scale1;
-#pragma unroll
-      for (int j = 0; j < BN / 8; ++j) {
-        s[m][4 * j] = exp2_fast(fmaf(s[m][4 * j], c, -n0));
-        s[m][4 * j + 1] = exp2_fast(fmaf(s[m][4 * j + 1], c, -n0));
-        s[m][4 * j + 2] = exp2_fast(fmaf(s[m][4 * j + 2], c, -n1));
-        s[m][4 * j + 3] = exp2_fast(fmaf(s[m][4 * j + 3], c, -n1));
-        sum0[m] += s[m][4 * j] + s[m][4 * j + 1];
-        sum1[m] += s[m][4 * j + 2] + s[m][4 * j + 3];
-      }
-#pragma unroll
-      for (int step = 0; step < BN / 16; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[m][step][i] = pack(s[m][8 * step + 2 * i], s[m][8 * step + 2 * i + 1]);
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        o[m][i][0] *= scale0;
-        o[m][i][1] *= scale0;
-        o[m][i][2] *= scale1;
-        o[m][i][3] *= scale1;
-      }
-    }
+    if (tile != NO_TILE) load_tile(k_tile, item.keys, k_row_stride, item.anchor_keys, tile);
+
     const int again = thread_again() & 31;
     const uint32_t v_at = v_tile + (again & 15) * ROW_BYTES + (again >> 4) * 16;
-#pragma unroll
-    for (int step = 0; step < BN / 16; ++step) {
-#pragma unroll
-      for (int n = 0; n < HEAD_DIM / 16; ++n) {
-        uint32_t b[4];
-        load_matrix_transposed(b, v_at + step * 16 * ROW_BYTES + n * 32);
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) {
-          mma(o[m][2 * n], p[m][step], b[0], b[1]);
-          mma(o[m][2 * n + 1], p[m][step], b[2], b[3]);
-        }
-      }
-    }
+    if (early_moved) softmax.rescale(o);
+    add_values(o, p, v_at);
+    if (softmax.weigh(q, late, c)) softmax.rescale(o);
+    add_values(o, q, v_at + HALF * ROW_BYTES);
   }
 
-  const int t = thread_again(), row = first_row + (t >> 5) * (16 * ROW_TILES) + ((t & 31) >> 2), column = (t & 3) * 2;
+  const int thread = thread_again(), lane = thread & 31, head = item.head;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
-    sum0[m] = quad_sum(sum0[m]);
-    sum1[m] = quad_sum(sum1[m]);
-    const float scale0 = sum0[m] == 0.f ? 0.f : 1.f / sum0[m], scale1 = sum1[m] == 0.f ? 0.f : 1.f / sum1[m];
-    const int r0 = row + 16 * m, r1 = r0 + 8;
-    const int64_t at = (int64_t)head * shape.q_len;
     float not_finite = 0.f;
+    const int first = item.first_row + (thread >> 5) * (16 * ROW_TILES) + 16 * m + (lane >> 2);
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; ++i) {
-      const float a = o[m][i][0] * scale0, b = o[m][i][1] * scale0, d = o[m][i][2] * scale1, e = o[m][i][3] * scale1;
-      not_finite += a * 0.f + b * 0.f + d * 0.f + e * 0.f;
-      if (r0 < shape.q_len) output[((at + r0) * HEAD_DIM + 8 * i + column) >> 1] = pack(a, b);
-      if (r1 < shape.q_len) output[((at + r1) * HEAD_DIM + 8 * i + column) >> 1] = pack(d, e);
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + 8 * r;
+      const int64_t at = (int64_t)head * shape.q_len + row;
+      const float sum = quad_sum(softmax.sum[m][r]), scale = sum == 0.f ? 0.f : 1.f / sum;
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        const float a = o[m][i][2 * r] * scale, b = o[m][i][2 * r + 1] * scale;
+        not_finite += a * 0.f + b * 0.f;
+        if (row < shape.q_len) output[(at * HEAD_DIM + 8 * i + (lane & 3) * 2) >> 1] = pack(a, b);
+      }
+      if ((lane & 3) == 0 && row < shape.q_len) lse[at] = (softmax.largest[m][r] * c + log2_fast(sum)) * 0.6931471805599453f;
     }
     if (__any_sync(0xffffffffu, not_finite != 0.f) && lane == 0) {
       const int slot = atomicAdd(broken, 1);
       broken[2 + 2 * slot] = head;
-      broken[3 + 2 * slot] = r0;
-    }
-    if ((lane & 3) == 0) {
-      if (r0 < shape.q_len) lse[at + r0] = (max0[m] * c + log2_fast(sum0[m])) * 0.6931471805599453f;
-      if (r1 < shape.q_len) lse[at + r1] = (max1[m] * c + log2_fast(sum1[m])) * 0.6931471805599453f;
+      broken[3 + 2 * slot] = first;
     }
   }
 }
