@@ -68,7 +68,10 @@ MORE_CASES = [
     *cases(HOPPER),
     *cases("sm_100"),
     *(("attend_sm90.cu", HOPPER, {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm90", 168, 80) for s, d in ((64, 128), (128, 64), (256, 128))),
-    *(("attend_sm80.cu", "sm_80", {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm80", 255, 0) for s, d in ((64, 64), (128, 64), (64, 128), (128, 80), (128, 256))),
+    *(
+        ("attend_sm80.cu", "sm_80", {"HEAD_DIM": d, "BLOCK_SIZE": s}, "attend_sm80", 255, 0)
+        for s, d in ((64, 64), (128, 64), (64, 128), (128, 80), (128, 256))
+    ),
     ("decode_attention.cu", "sm_80", {"HEAD_DIM": 256, "ROW_TILES": 1}, "decode_attention", 255, 0),
     ("decode_attention.cu", "sm_80", {"HEAD_DIM": 128, "ROW_TILES": 2}, "decode_attention", 255, 0),
     *plain_cases("sm_80", 64, 64, 32),
