@@ -95,9 +95,10 @@ class ForwardPass:
     ) -> Any:  # fmt: skip
         """One layer's attention before its output product: x [own rows, hidden] -> [own rows, Hq d]."""
         running = cache.running_summary(index, config)
-        queries = self._queries(weights, x, rotations, split, cache.room(index, split.tokens), config, running)
+        rooms = cache.room(index, split.tokens)
+        queries = self._queries(weights, x, rotations, split, rooms, config, running)
         summary = None if running is None else running.summary()
-        keys, values = cache.upto(index, cache.length + split.tokens)
+        keys, values = cache.upto(index, cache.length + split.tokens) if cache.length else rooms
         results = []
         for (start, _), (q, q_composites) in zip(split.runs, queries, strict=True):
             out, trace = attend(
