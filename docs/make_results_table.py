@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unisparse_np.config import PRESETS, UniSparseConfig
+sys.path.insert(0, str(Path(__file__).parent))
+from quality_rows import loss_at_density, loss_rows, tune_rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -122,44 +124,6 @@ def first_token_rows(result: dict[str, Any]) -> list[Row]:
     return [{"engine": engine, **row} for engine, row in result["speed"]["rows"].items()]
 
 
-def loss_rows(text: dict[str, Any]) -> list[Row]:
-    """Dense attention, the paper's rule bare and with the sink block, and the presets: the loss of each on text, quotations, needles."""
-    others = {name: selection_result(name) for name in ("copy_8192", "needles_4096", "needles_8192", "needles_16384")}
-    dense = {name: {"nll_over_dense": 0.0, "share_on_solved_tasks": 1.0, "density": 1.0} for name in others}
-    rows: list[Row] = [{"attention": "dense", "text": {"kl": 0.0, "density": 1.0, "selection": 0.0}, **dense}]
-    shown = {"paper's rule, bare": UniSparseConfig.paper(), "paper's rule, sink block kept": UniSparseConfig(key_anchors=0, local_blocks=0)}
-    shown |= {f"preset {name}": preset() for name, preset in PRESETS.items() if name != "paper"}
-    for label, config in shown.items():
-        found = {name: row_of_config(result, config) for name, result in {"text": text, **others}.items()}
-        if found["text"] is not None:
-            rows.append({"attention": label, **found})
-    return rows
-
-
-def selection_result(name: str) -> dict[str, Any]:
-    """What benchmarks/selection_rules.py wrote, or no rows."""
-    path = RESULTS / f"selection_rules_{name}.json"
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    return result
-
-
-def row_of_config(result: dict[str, Any], config: UniSparseConfig) -> Row | None:
-    return next((row for row in result["rows"] if row["config"] == asdict(config)), None)
-
-
-def loss(of: str, key: str, form: str, ends: str = "") -> Callable[[Row], str]:
-    """A loss with its 95% interval, and the density at which it was measured; nothing where it was not."""
-
-    def write(row: Row) -> str:
-        found = row[of]
-        if found is None:
-            return ""
-        interval = f" [{found[ends][0]:{form}}, {found[ends][1]:{form}}]" if ends in found else ""
-        return f"{found[key]:{form}}{interval} at {found['density']:.3f}"
-
-    return write
-
-
 GPU = "nvidia_h200"  # whose results are shown
 
 TABLES: list[tuple[str, Table]] = [
@@ -185,14 +149,28 @@ TABLES: list[tuple[str, Table]] = [
             "attention's products that choosing the blocks takes, and more rules are in [selection_rules.md](docs/selection_rules.md)",
             {
                 "attention": lambda row: row["attention"],
-                "text: KL from dense, per token": loss("text", "kl", ".4f", "kl_interval"),
-                "quoting: NLL over dense": loss("copy_8192", "nll_over_dense", "+.3f", "nll_interval"),
-                "needles kept, 4K": loss("needles_4096", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
-                "8K": loss("needles_8192", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
-                "16K": loss("needles_16384", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
+                "text: KL from dense, per token": loss_at_density("text", "kl", ".4f", "kl_interval"),
+                "quoting: NLL over dense": loss_at_density("copy_8192", "nll_over_dense", "+.3f", "nll_interval"),
+                "needles kept, 4K": loss_at_density("needles_4096", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
+                "8K": loss_at_density("needles_8192", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
+                "16K": loss_at_density("needles_16384", "share_on_solved_tasks", ".3f", "share_on_solved_interval"),
                 "selection": lambda row: f"{row['text']['selection']:.3f}",
             },
             loss_rows,
+        ),
+    ),
+    (
+        "tune_smollm2_8192",
+        Table(
+            "What does `tune` find for a model? SmolLM2-135M-Instruct, 8,192 tokens of prose, code and plays, loss at most 0.02, on "
+            "windows that the search has not seen; cost is selection and attention as a share of dense attention's products",
+            {
+                "config": lambda row: row["config"],
+                "KL from dense, per token": lambda row: f"{row['kl']:.4f} [{row['kl_interval'][0]:.4f}, {row['kl_interval'][1]:.4f}]",
+                "density": lambda row: f"{row['density']:.3f}",
+                "cost": lambda row: f"{row['cost']:.3f}",
+            },
+            tune_rows,
         ),
     ),
     (
