@@ -99,9 +99,20 @@ def test_counts_are_read_only_when_densities_are_asked_for(cache):
     assert cache.densities() == []
     for layer in (0, 0, 1):
         cache.add_counts(layer, LateTrace("late", 0.0, 4, None))
+    cache.advance(8)
     assert read == []
     assert cache.densities() == [0.75, 0.75]
     assert len(read) == 3
+
+
+def test_a_call_that_was_interrupted_does_not_count_in_the_densities(cache):
+    cache.room(0, 8)
+    cache.add_counts(0, Trace("some", 3.0, 4, None))  # and then it was interrupted: no advance
+    assert cache.densities() == []
+    cache.begin()
+    cache.add_counts(0, Trace("some", 1.0, 4, None))
+    fill(cache, np.ones((2, 2, 8, 16)), CONFIG)
+    assert cache.densities() == [0.25]
 
 
 def test_overflow_is_refused(cache):
@@ -124,9 +135,9 @@ def test_memory_that_a_device_lacks_is_a_sentence_with_what_would_fit(monkeypatc
 
 
 def test_a_released_cache_keeps_its_densities_alone(cache):
-    fill(cache, np.ones((2, 2, 8, 16)), CONFIG)
     cache.add_counts(0, Trace("some", 3.0, 4, None))
     cache.add_counts(1, Trace("some", 1.0, 4, None))
+    fill(cache, np.ones((2, 2, 8, 16)), CONFIG)
     cache.decoders["dense"] = object()
     cache.release()
     assert cache.densities() == [0.75, 0.25]

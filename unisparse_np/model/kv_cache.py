@@ -50,11 +50,13 @@ class KVCache:
         self._kept: list[list[Callable[[], float]]] = [[] for _ in range(config.num_hidden_layers)]  # a count a call not read yet
         self._counted, self._visible = [0.0] * config.num_hidden_layers, [0] * config.num_hidden_layers
         self._unfinished = False  # whether a call is writing what does not count yet, or was interrupted then
+        self._counts_of_call: list[tuple[int, Callable[[], float], int]] = []  # layer, kept and visible blocks: not counted yet
 
     def begin(self) -> None:
         """A call begins. Where the one before was interrupted, summaries may hold keys that do not count: they are made anew."""
         if self._unfinished:
             self._summaries = [{} for _ in self._summaries]
+            self._counts_of_call.clear()
             self._unfinished = False
 
     def require_room(self, tokens: int) -> None:
@@ -94,12 +96,15 @@ class KVCache:
 
     def add_counts(self, layer: int, trace: Trace) -> None:
         """Add one attention call's counts to the layer's density. They are read from the device when someone asks for it."""
-        self._kept[layer].append(trace.kept_later())
-        self._visible[layer] += trace.visible_blocks
+        self._counts_of_call.append((layer, trace.kept_later(), trace.visible_blocks))
 
     def advance(self, tokens: int) -> None:
-        """All layers have written the next tokens: they now count."""
+        """All layers have written the next tokens: they now count, and so do their blocks."""
         self.length += tokens
+        for layer, kept, visible in self._counts_of_call:
+            self._kept[layer].append(kept)
+            self._visible[layer] += visible
+        self._counts_of_call.clear()
         self._unfinished = False
 
     def release(self) -> None:
