@@ -217,7 +217,7 @@ def shared_bytes_sm80(plan: Plan) -> int:
     """Shared memory of a thread block of attend_sm80.cu: tiles of Q, K and V, 64 bytes, and the list of what an item visits."""
     num_k_blocks, k_rows = plan.problem.num_k_blocks, 64
     entries = num_k_blocks + ceil_div(num_k_blocks, k_rows)
-    return (plan.tile_rows + 2 * k_rows) * (plan.problem.head_dim + 8) * 2 + 64 + 16 * ceil_div(2 * entries, 16)
+    return (tile_rows(plan.problem, False) + 2 * k_rows) * (plan.problem.head_dim + 8) * 2 + 64 + 16 * ceil_div(2 * entries, 16)
 
 
 def threads_sm80(plan: Plan) -> int:
