@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") i
 
 CASE = load_case("qwen3_bias_head_dim_transformers5")  # biases, norms of q and k, a head_dim of its own
 CONFIG = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
+TWO_SIZES = UniSparseConfig(block_size=16, q_compress=4, k_compress=2, top_p=0.5, row_threshold=0.2, top_p_compress=8)
 TOKENS = 40
 
 
@@ -43,7 +44,7 @@ def relative_error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("attention", ["dense", CONFIG], ids=["dense", "unisparse"])
+@pytest.mark.parametrize("attention", ["dense", CONFIG, TWO_SIZES], ids=["dense", "unisparse", "two sizes of composites"])
 def test_float32_logits_are_those_of_the_reference(attention, folder, engine):
     ids = CASE.token_ids.tolist()[:TOKENS]
     found, densities = [], []

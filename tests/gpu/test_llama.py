@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -71,7 +72,12 @@ def test_16_bit_logits_are_as_good_as_a_plain_16_bit_run(name, held, folder):
     assert relative_error(open_model(path, load_model_backend("cupy"), held).logits(ids), exact) <= 2 * plain
 
 
-@pytest.mark.parametrize("attention", ["dense", UniSparseConfig(block_size=64, top_p=0.6)], ids=["dense", "unisparse"])
+TWO_SIZES = UniSparseConfig(block_size=64, q_compress=4, k_compress=2, top_p=0.6, row_threshold=0.1, top_p_compress=8)
+
+
+@pytest.mark.parametrize(
+    "attention", ["dense", UniSparseConfig(block_size=64, top_p=0.6), TWO_SIZES], ids=["dense", "unisparse", "two sizes of composites"]
+)
 def test_decode_steps_go_on_where_the_prefill_ended(attention):
     """Every step's logits against the prefill's of the same tokens, in a real 16-bit model."""
     model, tokenizer = load(NEEDLE_LLAMA, backend="cupy")
@@ -87,17 +93,19 @@ def test_decode_steps_go_on_where_the_prefill_ended(attention):
         assert (np.stack(rows).argmax(axis=1) == whole[499:-1].argmax(axis=1)).mean() > 0.8
 
 
-def test_chunks_give_the_same_masks_through_cache_and_summary(cupy):
+@pytest.mark.parametrize("config", [UniSparseConfig(top_p=0.5), replace(TWO_SIZES, top_p=0.3)], ids=["one size", "two sizes"])
+def test_chunks_give_the_same_masks_through_cache_and_summary(config, cupy):
     """rotate_heads and attend on the same products, cut in different ways: every query block keeps the same key blocks."""
     engine = load_model_backend("cupy")
-    config, tokens, heads, kv_heads, d = UniSparseConfig(top_p=0.5), 2000, 4, 2, 128
+    tokens, heads, kv_heads, d = 2000, 4, 2, 128
+    size, blocks = config.block_size, -(-tokens // config.block_size)
     products = np.random.default_rng(0).standard_normal((tokens, heads + 2 * kv_heads, d)).astype(HELD["bfloat16"])
     inv_freq = (10000.0 ** (-np.arange(0, d, 2) / d)).astype(np.float32)
     found = []
     for chunk in (256, 768, 2000):
         k, v = (cupy.empty((kv_heads, tokens, d), HELD["bfloat16"]) for _ in range(2))
         running = engine.RunningKeySummary(config, heads, kv_heads, d, tokens, HELD["bfloat16"])
-        masks = np.zeros((heads, 16, 16), bool)
+        masks = np.zeros((heads, blocks, blocks), bool)
         for start in range(0, tokens, chunk):
             stop = min(tokens, start + chunk)
             table = engine.layers.rotary_table(inv_freq, start, stop - start, 1.0, HELD["bfloat16"])
@@ -107,9 +115,9 @@ def test_chunks_give_the_same_masks_through_cache_and_summary(cupy):
                 q, k[:, :stop], v[:, :stop], config, q_offset=start, backend=engine, key_summary=running.summary(), q_composites=qc
             )
             mask = cupy.asnumpy(trace.mask)
-            masks[:, start // 128 : start // 128 + mask.shape[1], : mask.shape[2]] = mask
+            masks[:, start // size : start // size + mask.shape[1], : mask.shape[2]] = mask
         found.append(masks)
-    assert 0.1 < found[0].sum() / (heads * 16 * 17 / 2) < 0.9
+    assert 0.1 < found[0].sum() / (heads * blocks * (blocks + 1) / 2) < 0.9
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
 
 
