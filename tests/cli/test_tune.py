@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -90,9 +91,9 @@ def test_a_tuned_file_is_written_anew_and_read_back(model: Path, monkeypatch: py
 
 
 def loss_of_looseness(self: Prober, attention: object, windows: object) -> Probe:
-    """A made-up model: the looser, the more loss and the less cost; all layers alike."""
+    """A made-up model: the looser, the more loss and the less cost; all layers and heads alike."""
     layers = attention if isinstance(attention, list) else [attention] * 2
-    loose = [0.0 if a == "dense" else 1 - a.top_p if a.top_p is not None else a.row_threshold for a in layers]
+    loose = [0.0 if a == "dense" else float(np.mean(a.row_threshold if a.top_p is None else np.subtract(1, a.top_p))) for a in layers]
     densities = [1 - 2 * one**0.5 if one else 1.0 for one in loose]
     return Probe(sum(loose) / 4, max(0.05, sum(densities) / 2), densities, [sum(loose) / 4])
 

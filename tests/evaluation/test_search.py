@@ -1,6 +1,7 @@
 """The tuner's search on made-up models whose best config is known, and its measurements against plain ones."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 
 from unisparse_np import UniSparseConfig
+from unisparse_np.attention import attend
 from unisparse_np.evaluation.candidates import RANGES, Kind, Trial
 from unisparse_np.evaluation.cost import modelled_cost, selection_share
 from unisparse_np.evaluation.divergence import divergence
+from unisparse_np.evaluation.head_curves import FACTORS, HeadCurves, balanced_factors, measure_head_curves
 from unisparse_np.evaluation.probe import Probe, Prober
 from unisparse_np.evaluation.results import ResultsFile
-from unisparse_np.evaluation.search import Search, fit_of, group_factors, layer_groups
+from unisparse_np.evaluation.search import LAYER_GROUPS, Search, fit_of, layer_groups
 from unisparse_np.evaluation.settle import settle
 from unisparse_np.evaluation.tuning_report import composites_answer, fits_table
 from unisparse_np.evaluation.windows import Windows
@@ -24,19 +27,38 @@ LAYERS = 12
 
 
 class MadeUpModel:
-    """Layers whose loss is a power of the looseness and whose density falls with its logarithm."""
+    """Layers of two heads whose loss is a power of the looseness and whose density falls with its logarithm.
 
-    def __init__(self, sensitivities: list[float] | None = None, composites_best: tuple[int, int] = (2, 8)) -> None:
+    sensitivities: of the layers; heads: of the two heads in each.
+    """
+
+    def __init__(
+        self,
+        sensitivities: list[float] | None = None,
+        composites_best: tuple[int, int] = (2, 8),
+        heads: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         self.sensitivities = sensitivities or [1.0] * LAYERS
-        self.composites_best = composites_best
+        self.composites_best, self.heads = composites_best, heads
         self.probes = 0
 
     def __call__(self, attention: Any) -> Probe:
         self.probes += 1
         layers = attention if isinstance(attention, list) else [attention] * LAYERS
-        densities = [1.0 if layer == "dense" else self.density(layer) for layer in layers]
-        kl = sum(0.0 if layer == "dense" else self.loss(layer) * s for layer, s in zip(layers, self.sensitivities, strict=True)) / LAYERS
+        densities, kl = [], 0.0
+        for layer, sensitivity in zip(layers, self.sensitivities, strict=True):
+            heads = [] if layer == "dense" else [one_head(layer, n) for n in range(2)]
+            densities.append(float(np.mean([self.density(head) for head in heads])) if heads else 1.0)
+            kl += sensitivity * sum(s * self.loss(head) for s, head in zip(self.heads, heads, strict=False)) / (2 * LAYERS)
         return Probe(kl, modelled_cost(attention, densities), densities, [kl])
+
+    def curves(self, config_of: Any) -> HeadCurves:
+        """Each group of layers states its errors in another unit, as in a model: only the probes' losses compare groups."""
+        configs = [config_of(factor) for factor in FACTORS]
+        unit = [10.0 ** (layer * LAYER_GROUPS // LAYERS) for layer in range(LAYERS)]
+        losses = np.array([self.loss(config) for config in configs])  # [factors]
+        errors = np.multiply(unit, self.sensitivities)[:, None, None] * np.array(self.heads)[:, None] * losses
+        return HeadCurves(errors, np.broadcast_to([self.density(config) for config in configs], errors.shape))
 
     def looseness(self, config: UniSparseConfig) -> float:
         return 1 - config.top_p if config.top_p is not None else 2 * config.row_threshold  # type: ignore[operator,return-value]
@@ -49,9 +71,19 @@ class MadeUpModel:
         return min(1.0, max(0.05, 0.3 - 0.08 * math.log(self.looseness(config) / 0.05)))
 
 
+def one_head(config: UniSparseConfig, head: int) -> UniSparseConfig:
+    """The config of one head of a layer."""
+    values = {key: getattr(config, key) for key in ("top_p", "row_threshold")}
+    return replace(config, **{key: value[head] if isinstance(value, tuple) else value for key, value in values.items()})
+
+
+def search_of(model: MadeUpModel, max_kl: float = 0.02) -> Search:
+    return Search(model, model.curves, max_kl, LAYERS)
+
+
 def test_the_best_kind_is_found_by_few_probes() -> None:
     model = MadeUpModel()
-    search = Search(model, 0.02, LAYERS)
+    search = search_of(model, 0.02)
     best = search.run()[0]
     assert (best.kind.block_size, best.kind.q_compress, best.kind.k_compress) == (64, 2, 8)
     assert model.probes <= Search.planned_probes(LAYERS) + 5
@@ -60,7 +92,7 @@ def test_the_best_kind_is_found_by_few_probes() -> None:
 
 def test_the_bound_is_met_on_the_dot() -> None:
     model = MadeUpModel()
-    fit = Search(model, 0.013, LAYERS).fit(Kind(block_size=64, q_compress=2, k_compress=8))
+    fit = search_of(model, 0.013).fit(Kind(block_size=64, q_compress=2, k_compress=8))
     assert model(fit.kind.attention(fit.looseness)).kl == pytest.approx(0.013, rel=0.02)
     assert model(fit.kind.attention(fit.looseness)).cost == pytest.approx(fit.cost, rel=0.01)
     assert fit.exponent == pytest.approx(1.2, rel=0.02)
@@ -73,29 +105,35 @@ def test_both_rules_are_found_where_they_are_best() -> None:
         def loss(self, config: UniSparseConfig) -> float:
             return super().loss(config) * (0.2 if config.top_p_compress is not None and config.k_compress == 2 else 1)
 
-    best = Search(Forgiving(composites_best=(4, 2)), 0.02, LAYERS).run()[0]
+    best = search_of(Forgiving(composites_best=(4, 2)), 0.02).run()[0]
     assert (best.kind.rule, best.kind.block_size, best.kind.q_compress, best.kind.k_compress) == ("both", 64, 4, 2)
     table = fits_table([best], 0.02)
     assert "both" in table and f"{(1 / 8 + 1 / 64) / 2:.3f}" in table
 
 
-def test_sensitive_layers_get_less_looseness_where_that_pays() -> None:
-    search = Search(MadeUpModel([4.0] * 4 + [0.2] * 8), 0.02, LAYERS)
-    per_layer = search.run()[0]
-    assert per_layer.kind.factors is not None and max(per_layer.kind.factors[:4]) < min(per_layer.kind.factors[4:])
+@pytest.mark.parametrize("model", [MadeUpModel([4.0] * 4 + [0.2] * 8), MadeUpModel(heads=(1.9, 0.1))], ids=["layers", "heads"])
+def test_what_is_sensitive_gets_less_looseness_where_that_pays(model: MadeUpModel) -> None:
+    search = search_of(model)
+    per_head = search.run()[0]
+    assert per_head.kind.factors is not None
+    factors = np.array(per_head.kind.factors)  # [layers, heads]
+    if model.heads[0] == model.heads[1]:
+        assert factors[:4].max() < factors[4:].min()
+    else:
+        assert factors[:, 0].max() < factors[:, 1].min()
     common = next(fit for fit in search.ranked() if fit.kind.factors is None)
-    assert per_layer.cost < 0.97 * common.cost
+    assert per_head.cost < 0.97 * common.cost
 
 
-def test_alike_layers_stay_alike() -> None:
-    search = Search(MadeUpModel(), 0.02, LAYERS)
+def test_alike_heads_stay_alike() -> None:
+    search = search_of(MadeUpModel(), 0.02)
     settled, _ = settle(search.run(), MadeUpModel(), 0.02)
     assert settled is not None and settled.fit.kind.factors is None
 
 
 def test_held_out_windows_decide() -> None:
     """On windows where everything loses half as much again, the bound still holds, and narrowly."""
-    fits = Search(MadeUpModel(), 0.02, LAYERS).run()
+    fits = search_of(MadeUpModel(), 0.02).run()
     harder = MadeUpModel([1.5] * LAYERS)
     settled, _ = settle(fits, harder, 0.02)
     assert settled is not None and 0.017 < settled.probe.kl <= 0.02
@@ -105,7 +143,7 @@ def test_held_out_windows_decide() -> None:
 
 def test_a_bound_that_nothing_meets() -> None:
     model = MadeUpModel([1e6] * LAYERS)
-    search = Search(model, 0.02, LAYERS)
+    search = search_of(model, 0.02)
     fits = search.run()
     assert not fits[0].reaches and "KL" in fits_table(fits, 0.02) and composites_answer(fits) == "No composite size keeps the bound."
     settled, closest = settle(fits, model, 0.02)
@@ -117,12 +155,12 @@ def test_a_cost_above_dense_is_no_result() -> None:
         def density(self, config: UniSparseConfig) -> float:
             return 1.0
 
-    settled, _ = settle(Search(Useless(), 0.02, LAYERS).run(), Useless(), 0.02)
+    settled, _ = settle(search_of(Useless(), 0.02).run(), Useless(), 0.02)
     assert settled is None
 
 
 def test_a_model_that_loses_nothing_takes_the_loosest_value() -> None:
-    fit = Search(MadeUpModel([0.0] * LAYERS), 0.02, LAYERS).fit(Kind())
+    fit = search_of(MadeUpModel([0.0] * LAYERS), 0.02).fit(Kind())
     assert fit.reaches and fit.looseness == RANGES["top_p"].highest
 
 
@@ -136,23 +174,33 @@ def test_lines_through_two_trials() -> None:
     assert later.looseness == pytest.approx(fit.looseness) and later.cost == pytest.approx(0.55) and later.density == pytest.approx(0.55)
 
 
-def test_groups_and_factors() -> None:
+def test_groups_of_layers() -> None:
     assert [layer for group in layer_groups(30) for layer in group] == list(range(30)) and len(layer_groups(30)) == 6
     assert layer_groups(2) == [[0], [1]] and layer_groups(1) == [[0]]
-    assert group_factors([1.0, 1.0], [1.0, 1.0], 1.3) == [1.0, 1.0]
-    loss, savings, exponent = np.array([4.0, 1.0]), np.array([1.0, 1.0]), 2.0
-    factors = np.array(group_factors(list(loss), list(savings), exponent))
-    new_loss = loss * factors**exponent
-    assert new_loss[0] == pytest.approx(new_loss[1], rel=0.01) and new_loss.sum() == pytest.approx(5.0, rel=0.01)
-    assert group_factors([1.0, 1.0], [1.0, 0.0], 1.0)[1] == 0.25 and group_factors([1e-9, 1.0], [1.0, 1.0], 1.0)[0] == 4.0
+
+
+def test_factors_leave_out_most_at_the_same_loss() -> None:
+    """Loss a square, density a logarithm: by Lagrange every head's weighted loss is the same."""
+    at = np.array(FACTORS)
+    strength = np.array([[4.0, 1.0], [1.0, 0.25]])  # [layers, heads]
+    curves = HeadCurves(strength[..., None] * at**2, np.broadcast_to(0.5 - 0.1 * np.log(at), (2, 2, len(FACTORS))))
+    weights = [1.0, 4.0]
+    factors = np.array(balanced_factors(curves, weights))
+    losses = strength * np.array(weights)[:, None] * factors**2
+    assert losses.sum() == pytest.approx((strength * np.array(weights)[:, None]).sum(), rel=0.05)
+    assert losses.max() < 1.2 * losses.min() and (factors[0, 0] < factors[0, 1]) and factors[1, 1] == pytest.approx(factors[0, 1])
+    alike = HeadCurves(np.broadcast_to(at**2, curves.errors.shape), curves.densities)
+    assert np.array(balanced_factors(alike, [1.0, 1.0])) == pytest.approx(1.0)
 
 
 def test_kinds_become_configs() -> None:
     assert Kind().attention(0.05) == UniSparseConfig()
     precise = Kind(block_size=64, q_compress=2, k_compress=4, rule="row_threshold")
     assert precise.attention(0.02) == UniSparseConfig.precise()
-    layers = precise.with_factors([0.5, 2.0]).attention(0.02)
-    assert [layer.row_threshold for layer in layers] == [0.01, 0.04]  # type: ignore[union-attr]
+    layers = precise.with_factors([[0.5, 1.0], [2.0, 1.0]]).attention(0.02)
+    assert [layer.row_threshold for layer in layers] == [(0.01, 0.02), (0.04, 0.02)]  # type: ignore[union-attr]
+    of_both = Kind(64, 4, 2, rule="both").with_factors([[1.0, 2.0]]).attention(0.05)[0]  # type: ignore[index]
+    assert of_both.top_p == (0.95, 0.9) and of_both.row_threshold == (0.02, 0.04)
     both = Kind(64, 4, 2, rule="both")
     assert both.attention(0.05) == UniSparseConfig(64, 4, 2, top_p=0.95, row_threshold=0.02, top_p_compress=8)
     assert Kind(128, 16, 16, rule="both").config(0.1) == UniSparseConfig(128, 16, 16, top_p=0.9, row_threshold=0.04)
@@ -217,3 +265,28 @@ def test_time_is_a_share_of_the_dense_prefill(tmp_path: Path, monkeypatch: pytes
 
 def test_seconds_are_measured(tmp_path: Path) -> None:
     assert 0 < prober(tmp_path / "r.jsonl", cost_kind="time")(SPARSE, [0]).cost < 100
+
+
+# ---- what single heads lose and keep ----
+
+
+@pytest.mark.parametrize("chunk", [64, 1024])
+def test_head_curves_against_whole_outputs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece and in chunks: the change of the layer's output by one head alone, and the blocks that it keeps."""
+    monkeypatch.setattr("unisparse_np.evaluation.head_curves._CHUNK", chunk)
+    model, tokenizer = small_model()
+    length = 300
+    token_ids = tokenizer.encode(TEXT)[:length]
+    kind, half = Kind(32, 4, 4, key_anchors=0), length // 2
+    curves = measure_head_curves(model, [token_ids], lambda factor: kind.config(0.3 * factor))
+    layer, head, n = 1, 1, FACTORS.index(2.0)
+    seen: dict[int, tuple] = {}
+    model.prefill(token_ids, model.new_cache(length), "dense", chunk_size=length, observer=lambda at, *rest: seen.setdefault(at, rest))
+    q, k, v, out, _ = seen[layer]
+    sparse, trace = attend(q, k, v, kind.config(0.6), backend=model.backend)
+    d = model.config.head_dim
+    change = (sparse[head] - out[head])[half:] @ model.weights.layers[layer].output[:, head * d : (head + 1) * d].T
+    assert curves.errors[layer, head, n] == pytest.approx((change.astype(np.float64) ** 2).sum() / half, rel=1e-3)
+    visible = trace.mask.shape[1] * (trace.mask.shape[1] + 1) / 2
+    assert curves.densities[layer, head, n] == pytest.approx(trace.mask[head].sum() / visible)
+    assert (np.diff(curves.densities) <= 0).all() and curves.errors[..., -1].min() > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from .progress import CountBar
 if TYPE_CHECKING:
     from ..evaluation.search import Search
     from ..evaluation.settle import Settled
+
+_CURVE_WINDOWS = 4  # of those that the search looks at: what single heads lose and keep is measured there
 
 _search_options = in_section(
     "What to find",
@@ -53,7 +56,7 @@ def tune(
 ) -> None:  # fmt: skip
     """Find the cheapest attention config that keeps a model within a loss, and write it to unisparse.json beside the model.
 
-    Block size, rule (Top-P, row threshold or both) and its value, composite sizes, anchors, and values per layer where they pay.
+    Block size, rule (Top-P, row threshold or both) and its value, composite sizes, anchors, and values per head where they pay.
     Windows that the search has not seen decide. generate, audit and eval then use it without being told. Each probe is a
     prefill of all windows, and there are about 35: expect minutes for a small model, hours for a large one on a CPU.
 
@@ -66,6 +69,7 @@ def tune(
     use_device(device, backend)
     backend = choose_backend(backend, quiet)
     from ..evaluation.haystack import python_reference, read_text  # late, so that help and usage errors come at once
+    from ..evaluation.head_curves import measure_head_curves
     from ..evaluation.probe import Prober
     from ..evaluation.results import ResultsFile
     from ..evaluation.search import Search
@@ -83,9 +87,10 @@ def tune(
     run = describe_run(TextSuite(windows), folder, model, {"dense": "dense"}) | {"suite": "tune", "cost": cost_kind}
     search_windows, other_windows = range(count), range(count, count + held_out)
     layers = model.config.num_hidden_layers
+    curves = partial(measure_head_curves, model, [windows[n] for n in search_windows[:_CURVE_WINDOWS]])
     with ResultsFile(Path(results or f"tune-{folder.resolve().name}.jsonl"), run) as file, CountBar("Probing", quiet) as bar:
         prober = Prober(model, windows, file, cost_kind, _counted(bar, Search.planned_probes(layers) + 4))  # type: ignore[arg-type]
-        search = Search(lambda attention: prober(attention, search_windows), max_kl, layers)
+        search = Search(lambda attention: prober(attention, search_windows), curves, max_kl, layers)
         try:
             fits = search.run()
             settled, closest = settle(fits, lambda attention: prober(attention, other_windows), max_kl)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from ..config import UniSparseConfig
+from ..config import PerHead, UniSparseConfig
 from .probe import Probe
 
 Rule = Literal["top_p", "row_threshold", "both"]
@@ -38,7 +38,7 @@ class Kind:
     """Everything of a config but the strictness of its rule. Looseness is 1 - P, or tau; more of it drops more blocks.
 
     With both rules looseness is 1 - P, and tau goes with it.
-    factors: one a layer, by which its looseness differs from the common one; None: all layers alike.
+    factors: one a head in each layer, by which its looseness differs from the common one; None: all alike.
     """
 
     block_size: int = 128
@@ -46,13 +46,13 @@ class Kind:
     k_compress: int = 8
     key_anchors: int = 1
     rule: Rule = "top_p"
-    factors: tuple[float, ...] | None = None
+    factors: tuple[tuple[float, ...], ...] | None = None
 
     def attention(self, looseness: float) -> UniSparseConfig | list[UniSparseConfig]:
         """The config, or one a layer."""
         if self.factors is None:
             return self.config(looseness)
-        return [self.config(looseness * factor) for factor in self.factors]
+        return [self.config(looseness, of_heads) for of_heads in self.factors]
 
     def value(self, looseness: float) -> float:
         """P or tau, to three digits of looseness, inside its range."""
@@ -66,13 +66,16 @@ class Kind:
         coarse = math.lcm(COARSE, self.q_compress, self.k_compress)
         return None if self.rule != "both" or coarse == self.q_compress == self.k_compress else coarse
 
-    def with_factors(self, factors: Sequence[float]) -> Kind:
-        return replace(self, factors=tuple(factors))
+    def with_factors(self, factors: Sequence[Sequence[float]]) -> Kind:
+        return replace(self, factors=tuple(tuple(of_heads) for of_heads in factors))
 
-    def config(self, looseness: float) -> UniSparseConfig:
-        """The config of a layer."""
-        value = self.value(looseness)
-        threshold = float(f"{THRESHOLD_OF_BOTH * (1 - value):.3g}") if self.rule == "both" else value
+    def config(self, looseness: float, of_heads: Sequence[float] | None = None) -> UniSparseConfig:
+        """The config of a layer; of_heads: a factor each on the looseness."""
+        value: PerHead = self.value(looseness)
+        threshold: PerHead = self._threshold(looseness)
+        if of_heads is not None:
+            value = tuple(self.value(looseness * factor) for factor in of_heads)
+            threshold = tuple(self._threshold(looseness * factor) for factor in of_heads)
         return UniSparseConfig(
             block_size=self.block_size,
             q_compress=self.q_compress,
@@ -82,6 +85,11 @@ class Kind:
             row_threshold=None if self.rule == "top_p" else threshold,
             top_p_compress=self.top_p_compress,
         )
+
+    def _threshold(self, looseness: float) -> float:
+        """tau: the kind's value, or what goes with its P."""
+        value = self.value(looseness)
+        return float(f"{THRESHOLD_OF_BOTH * (1 - value):.3g}") if self.rule == "both" else value
 
 
 class Trial(NamedTuple):

@@ -4,8 +4,8 @@ A kind of config has one value that makes it looser, and over it the loss rises 
 the logarithm. Two or three probes fix both lines, and a kind with the same rule as an earlier one borrows its slopes, so that one
 probe near the bound is enough. Kinds are compared *at the bound*, where none of them need have been probed exactly.
 
-One property is walked at a time: block size and rule, then composites, anchors, the rule once more, and at last the layers,
-which get more or less looseness by what each adds to the loss and saves in cost.
+One property is walked at a time: block size and rule, then composites, anchors, the rule once more, and at last the heads,
+which get more or less looseness by what each adds to the loss and saves in cost (head_curves.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..model.llama import Attention
 from .candidates import RANGES, Fit, Kind, Trial
+from .head_curves import FACTORS, HeadCurves, balanced_factors
 from .probe import Probe
 
 Measure = Callable[[Attention], Probe]
@@ -28,8 +29,7 @@ LAYER_GROUPS = 6
 MOST_TRIALS = 4  # of one kind
 _SMALLEST_KL = 1e-9  # below it a KL is rounding
 _NEAR = math.log(1.5)  # a trial this close to the bound, in log KL, is near enough to read the cost at the bound from
-_LARGEST_FACTOR = 4.0  # between the looseness of a layer and the common one
-_PAYS = 0.99  # a per-layer config must cost less than this share of the common one
+_PAYS = 0.99  # a config with values per head must cost less than this share of the common one
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Search:
     """Fits kinds one after another; `fits` holds all of them, also when it is interrupted."""
 
     measure: Measure
+    curves: Callable[[Callable[[float], UniSparseConfig]], HeadCurves]  # of the heads, around a looseness
     max_kl: float
     num_layers: int
     fits: list[Fit] = field(default_factory=list)
@@ -52,7 +53,7 @@ class Search:
             self.fit(replace(self.best.kind, key_anchors=anchors))
         for rule in RANGES:
             self.fit(replace(self.best.kind, rule=rule))
-        self.fit_layers()
+        self.fit_heads()
         return self.ranked()
 
     @staticmethod
@@ -87,23 +88,22 @@ class Search:
         self.fits.append(fit)
         return fit
 
-    def fit_layers(self) -> Fit | None:
-        """The best kind with a looseness of its own for each group of layers; None where there is nothing to gain."""
+    def fit_heads(self) -> Fit | None:
+        """The best kind with a looseness of its own for each head; None where there is nothing to gain.
+
+        A group of layers that is sparse alone shows its own loss; its heads share it as their errors stand to each other.
+        """
         best = self.best
-        groups = layer_groups(self.num_layers)
-        if len(groups) < 2 or not best.reaches or best.kind.factors is not None:
+        if not best.reaches or best.kind.factors is not None:
             return None
-        config = best.kind.attention(best.looseness)
-        assert isinstance(config, UniSparseConfig), "layers are alike"
-        losses = [max(_SMALLEST_KL, self.measure(self._only(config, group)).kl) for group in groups]
-        savings = [max(0.0, sum(best.slopes[layer] for layer in group)) for group in groups]
-        if sum(savings) == 0:
-            return None
-        factors = [1.0] * self.num_layers
-        for group, factor in zip(groups, group_factors(losses, savings, best.exponent), strict=True):
+        curves = self.curves(lambda factor: best.kind.config(best.looseness * factor))
+        errors = curves.errors[..., FACTORS.index(1.0)].sum(axis=1)  # [layers]
+        config, weights = best.kind.config(best.looseness), [0.0] * self.num_layers
+        for group in layer_groups(self.num_layers):
+            loss = max(_SMALLEST_KL, self.measure(self._only(config, group)).kl)
             for layer in group:
-                factors[layer] = factor
-        return self.fit(best.kind.with_factors(factors))
+                weights[layer] = loss / max(1e-30, float(errors[list(group)].sum()))
+        return self.fit(best.kind.with_factors(balanced_factors(curves, weights)))
 
     def _only(self, config: UniSparseConfig, group: Sequence[int]) -> list[AttentionConfig]:
         """Sparse in one group of layers, dense in all others: its own part of the loss."""
@@ -152,21 +152,6 @@ def next_looseness(fit: Fit, max_kl: float) -> float:
     return min(max(looseness, limits.lowest), limits.highest)
 
 
-def group_factors(losses: Sequence[float], savings: Sequence[float], exponent: float) -> list[float]:
-    """How much looser than the common value each group should be.
-
-    With loss_g ~ x_g^exponent and cost_g ~ -savings_g log x_g, cost is least at a given sum of losses where every group's loss
-    stands in proportion to its savings (Lagrange).
-    """
-    total_loss, total_savings = sum(losses), sum(savings)
-    factors = []
-    for loss, saving in zip(losses, savings, strict=True):
-        target = total_loss * saving / total_savings
-        factor = (target / loss) ** (1 / exponent) if target > 0 else 1 / _LARGEST_FACTOR
-        factors.append(float(f"{min(max(factor, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR):.3g}"))
-    return factors
-
-
 def layer_groups(num_layers: int) -> list[list[int]]:
     """Neighbouring layers, in at most LAYER_GROUPS groups."""
     count = min(LAYER_GROUPS, num_layers)
@@ -174,9 +159,9 @@ def layer_groups(num_layers: int) -> list[list[int]]:
     return [list(range(start, stop)) for start, stop in pairwise(edges)]
 
 
-def pays(per_layer: Fit, common: Fit) -> bool:
-    """Whether values per layer are worth their length."""
-    return per_layer.reaches and per_layer.cost < _PAYS * common.cost
+def pays(per_head: Fit, common: Fit) -> bool:
+    """Whether values per head are worth their length."""
+    return per_head.reaches and per_head.cost < _PAYS * common.cost
 
 
 def _log_kl(trial: Trial) -> float:

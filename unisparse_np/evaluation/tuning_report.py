@@ -20,7 +20,7 @@ def plain_fit(fit: Fit) -> dict[str, Any]:
         "block_size": fit.kind.block_size, "q_compress": fit.kind.q_compress, "k_compress": fit.kind.k_compress,
         "top_p_compress": fit.kind.top_p_compress,
         "key_anchors": fit.kind.key_anchors, "rule": fit.kind.rule, "value": fit.kind.value(fit.looseness),
-        "layer_factors": fit.kind.factors, "keeps_the_bound": fit.reaches, "density": fit.density, "cost": fit.cost,
+        "head_factors": fit.kind.factors, "keeps_the_bound": fit.reaches, "density": fit.density, "cost": fit.cost,
         "probes": [{"value": fit.kind.value(trial.looseness), "kl": trial.probe.kl, "cost": trial.probe.cost} for trial in fit.trials],
     }  # fmt: skip
 
@@ -35,7 +35,7 @@ def plain_probe(attention: Attention, probe: Probe) -> dict[str, Any]:
 
 def fits_table(fits: Sequence[Fit], max_kl: float) -> str:
     """All kinds at the bound, the cheapest first."""
-    heads = ["rule", "at the bound", "block", "c_q", "c_k", "anchors", "layers", "selection", "density", "cost"]
+    heads = ["rule", "at the bound", "block", "c_q", "c_k", "anchors", "heads", "selection", "density", "cost"]
     rows = []
     for fit in fits:
         kind = fit.kind
