@@ -14,11 +14,13 @@ from losses import Row, questions
 
 from unisparse_np import UniSparseConfig, unisparse_attention
 from unisparse_np.attention import score_blocks
+from unisparse_np.config import PRESETS
 from unisparse_np.inspection.capture import true_masses
 from unisparse_np.inspection.rank_correlation import spearman
 from unisparse_np.model.loading import load
 from unisparse_np.problem import Problem
 
+BY_NAME = {name: preset() for name, preset in PRESETS.items()}
 SHARPNESS = (16.0, 12.0, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0)
 COMPOSITES = (4, 8, 16, 32)
 BANDED_LAYERS = 5  # about so many, spread over the model
@@ -35,7 +37,7 @@ def measure_diffuse(options: argparse.Namespace) -> list[Row]:
     for sharpness in SHARPNESS:
         q, k, v = pointed_attention(sharpness, options.length)
         dense = unisparse_attention(q, k, v, "dense", backend="reference")
-        for name, config in (("default", UniSparseConfig()), ("precise", UniSparseConfig.precise()), ("paper", UniSparseConfig.paper())):
+        for name, config in BY_NAME.items():
             out, trace = unisparse_attention(q, k, v, config, backend="reference", return_trace=True)
             error = float(np.linalg.norm(out - dense) / np.linalg.norm(dense))
             rows.append({"sharpness": sharpness, "preset": name, "density": trace.density, "relative_error": error})
@@ -190,7 +192,7 @@ def by_line(rows: list[Row], line: str, x: str, y: str) -> dict[str, tuple[list[
 
 
 EXPERIMENTS = {
-    "diffuse-attention": Experiment(measure_diffuse, diffuse_panels),
+    "diffuse-attention": Experiment(measure_diffuse, diffuse_panels, BY_NAME),
     "rotary-bands": Experiment(measure_bands, band_panels),
     "rank-correlation": Experiment(measure_ranks, rank_panels),
 }

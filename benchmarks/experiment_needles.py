@@ -12,18 +12,19 @@ from experiment_plots import Experiment, Panel
 from losses import Row, answer, questions
 
 from unisparse_np import UniSparseConfig
+from unisparse_np.config import PRESETS
 from unisparse_np.evaluation.copy_suite import CopySuite, quote
 from unisparse_np.evaluation.windows import Windows
 from unisparse_np.model.loading import load
 
 PAPER_WITH_SINK = UniSparseConfig(key_anchors=0)
+BY_NAME = {name: preset() for name, preset in PRESETS.items()}
 COPY_CONFIGS: dict[str, Any] = {
-    "dense": "dense", "paper": UniSparseConfig.paper(), "paper + sink, local": PAPER_WITH_SINK, "default": UniSparseConfig(),
-    "default, S 64": UniSparseConfig(block_size=64), "default, P .98": UniSparseConfig(top_p=0.98), "precise": UniSparseConfig.precise(),
+    "dense": "dense", "paper + sink, local": PAPER_WITH_SINK, **BY_NAME, "default, S 64": UniSparseConfig(block_size=64),
+    "default, P .98": UniSparseConfig(top_p=0.98),
 }  # fmt: skip
-DEPTH_CONFIGS: dict[str, Any] = {
-    "dense": "dense", "paper + sink, local": PAPER_WITH_SINK, "default": UniSparseConfig(), "precise": UniSparseConfig.precise(),
-}  # fmt: skip
+OURS = {name: config for name, config in BY_NAME.items() if name != "paper"}
+DEPTH_CONFIGS: dict[str, Any] = {"dense": "dense", "paper + sink, local": PAPER_WITH_SINK, **OURS}
 DEPTH_TASKS = ["niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "kv_dense"]  # one fact among many like it
 DEPTH_BINS = 4
 
@@ -31,8 +32,8 @@ DEPTH_BINS = 4
 def measure_copy(options: argparse.Namespace) -> list[Row]:
     """SmolLM2 quotes 32 tokens after a cue of 48 from anywhere in the window: negative log-likelihood over dense attention's."""
     model, tokenizer = load(str(SMOLLM2), backend=options.backend)
-    suites = [CopySuite(Windows(tokenizer, text, options.length, count=4 * options.windows)) for text in (prose(), code())]
-    prompts = [suite.quotation(n) for suite in suites for n in range(4 * options.windows)]
+    windows = [Windows(tokenizer, text, options.length, seed, 2 * options.windows) for text in (prose(), code()) for seed in range(4)]
+    prompts = [CopySuite(of_seed).quotation(n) for of_seed in windows for n in range(len(of_seed))]
     found = {name: [quote(model, prompt, config) for prompt in prompts] for name, config in COPY_CONFIGS.items()}
     dense = sum(row["nll"] for row in found["dense"]) / len(prompts)
     rows = []
@@ -72,6 +73,6 @@ def depth_panels(rows: list[Row]) -> list[Panel]:
 
 
 EXPERIMENTS = {
-    "verbatim-copy": Experiment(measure_copy, copy_panels),
-    "needle-depth": Experiment(measure_depth, depth_panels),
+    "verbatim-copy": Experiment(measure_copy, copy_panels, COPY_CONFIGS),
+    "needle-depth": Experiment(measure_depth, depth_panels, DEPTH_CONFIGS),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Experiment:
-    """How to measure, and what to draw of the rows."""
+    """How to measure, and what to draw of the rows. configs: what the names in the rows stand for."""
 
     measure: Callable[[argparse.Namespace], list[dict[str, Any]]]
     panels: Callable[[list[dict[str, Any]]], list[Panel]]
+    configs: dict[str, Any] = field(default_factory=dict)
 
 
 def draw(panels: list[Panel], path: Path) -> Path:

@@ -159,6 +159,10 @@ def names(rows: list[Row], setting: str) -> tuple[str, ...]:
 
 
 EXPERIMENTS = {
-    name: Experiment(partial(measure, sweep), partial(unequal_panels if name == "unequal-composites" else sweep_panels, sweep.setting))
+    name: Experiment(
+        partial(measure, sweep),
+        partial(unequal_panels if name == "unequal-composites" else sweep_panels, sweep.setting),
+        sweep.text | sweep.needles,
+    )
     for name, sweep in SWEEPS.items()
 }

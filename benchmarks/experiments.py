@@ -25,8 +25,8 @@ from typing import Any
 import experiment_attention
 import experiment_needles
 import experiment_sweeps
-from common import RESULTS, ROOT, stamp_of_backend, write_result
-from experiment_plots import draw
+from common import RESULTS, ROOT, plain, stamp_of_backend, write_result
+from experiment_plots import Experiment, draw
 
 EXPERIMENTS = {
     **experiment_sweeps.EXPERIMENTS,
@@ -53,17 +53,19 @@ def main() -> None:
         experiment = EXPERIMENTS[name]
         file_name = f"experiment_{name.replace('-', '_')}"
         if not options.plot_only:
-            print(write_result(file_name, measured(experiment.measure(options), options)))
+            print(write_result(file_name, measured(experiment, options)))
         if not options.no_plot:
             result = json.loads((RESULTS / f"{file_name}.json").read_text(encoding="utf-8"))
             print(draw(experiment.panels(result["rows"]), PICTURES / f"experiment-{name}.png"))
 
 
-def measured(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def measured(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
     """The rows, with where they come from."""
+    rows = experiment.measure(options)
     for row in rows:
         print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
-    return {"stamp": stamp_of_backend(options.backend), "length": options.length, "backend": options.backend, "rows": rows}
+    where = {"stamp": stamp_of_backend(options.backend), "length": options.length, "backend": options.backend}
+    return where | {"configs": plain(experiment.configs), "rows": rows}
 
 
 if __name__ == "__main__":
