@@ -92,7 +92,7 @@ def test_products(engine, dtype, tokens, inner, rows):
         assert_rounded(x, wide(stream) + expected + (0 if given is None else wide(given)), np.dtype(np.float32), inner)
 
 
-@every_dtype("inner,rows", [(576, 21), (50, 7), (2312, 33)], often=1)
+@every_dtype("inner,rows", [(576, 21), (50, 7), (2312, 33), (14336, 3)], often=1)
 def test_fused_products_of_one_token(engine, dtype, inner, rows):
     from unisparse_np.gpu.cupy_kernels import gemv
 

@@ -13,6 +13,7 @@ from .device import kernel, num_multiprocessors, source
 from .overlap import OverlappingLauncher, address, argument
 
 MOST_THREADS = 256
+REGISTERS_FOR_ROWS = 112  # of a thread's 128, beyond which the compiler spills
 THREADS_PER_MULTIPROCESSOR = 512  # what the kernel's launch bounds promise room for
 MOST_SHARED_BYTES = 32 << 10
 
@@ -47,11 +48,19 @@ def norm_gemv_swiglu(weight: Any, stream: Any, norm: Any, eps: float, bias: Any,
     _launch("norm_gemv_swiglu", weight, 2, (weight, stream, norm, eps, bias, out), overlap)
 
 
-def threads_of(width: int) -> int:
+def threads_of(width: int, most: int = MOST_THREADS) -> int:
     """Threads that share a row: whole warps that the row's pieces of 8 fill as well as can be."""
     pieces = ceil_div(width, 8)
-    each = ceil_div(pieces, MOST_THREADS)
+    each = ceil_div(pieces, most)
     return ceil_div(pieces, 32 * each) * 32
+
+
+def threads_without_spills(name: str, width: int, group: int) -> int:
+    """The same for a kernel of gemv.cu: twice as many where a thread could not hold its part of x and of two batches of rows."""
+    threads = threads_of(width)
+    pieces = ceil_div(width, 8 * threads)
+    registers = 8 * pieces * (1 + outputs_at_once(width, threads, group) * group) + (8 if name.startswith("norm") else 0)
+    return threads if registers <= REGISTERS_FOR_ROWS else threads_of(width, 2 * MOST_THREADS)
 
 
 def _launch(name: str, weight: Any, group: int, arguments: tuple[Any, ...], overlap: bool = False) -> None:
@@ -78,7 +87,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(name: str, dtype: str, outputs: int, width: int, group: int, device: int) -> Plan:
     """For the current device, which `device` names."""
-    threads = threads_of(width)
+    threads = threads_without_spills(name, width, group)
     at_once = outputs_at_once(width, threads, group)
     grid = min(ceil_div(outputs, at_once), num_multiprocessors() * max(1, THREADS_PER_MULTIPROCESSOR // threads))
     grid = max(grid, ceil_div(outputs * group * threads // 8, MOST_SHARED_BYTES))
