@@ -1,6 +1,7 @@
 """What compute-sanitizer is run on: `python -m tests.gpu.sanitized CASE`. CuPy's memory pool is off: every array has its own bounds.
 
 native, portable   whole calls on small problems: blocks of 64, 128, 256, head_dim 64, 128 and 96, anchors, both rules, NaN, dense
+decode             steps of DecodeAttention after a pooled prompt, sparse and dense, and calls of few queries
 native finite      the same without the NaN, so that no kernel reads an output again
 record             the smallest program that hands a record over shared memory by mbarriers, as attend_sm90.cu does
 
@@ -15,6 +16,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 
+from tests.decoding import Decoding
 from unisparse_np import Problem, UniSparseConfig
 from unisparse_np.gpu import cupy_kernels as engine
 from unisparse_np.gpu.cupy_kernels import attend, scores
@@ -44,6 +46,18 @@ def calls(portable: bool, with_nan: bool = True) -> None:
             v[:, -1] = np.nan
         engine.run_sparse(q, k, v, problem)
         engine.run_dense(q, k, v, problem)
+
+
+def decode() -> None:
+    """Steps across the edge of a block, of a composite and of a ragged prompt; then a sparse and a dense call of three queries."""
+    both = UniSparseConfig(64, 4, 2, top_p=0.5, row_threshold=0.1, top_p_compress=8, key_anchors=2)
+    for config, head_dim in ((UniSparseConfig(top_p=0.5), 128), (both, 64), ("dense", 128)):
+        Decoding(config, 4, 2, head_dim, 400, ml_dtypes.bfloat16).run(cupy, [200, 201, 255, 256, 399])
+    rng = np.random.default_rng(0)
+    q, k, v = (cupy.asarray(rng.standard_normal((heads, length, 64)).astype(np.float16)) for heads, length in ((4, 3), (2, 300), (2, 300)))
+    few = Problem(4, 2, 3, 300, 64, UniSparseConfig(64, top_p=0.5))
+    engine.run_sparse(q, k, v, few)
+    engine.run_dense(q, k, v, few)
 
 
 RECORD = r"""
@@ -91,6 +105,7 @@ def hand_over(readers: int) -> None:
 
 
 CASES = {
+    "decode": decode,
     "native": lambda: calls(portable=False),
     "native finite": lambda: calls(portable=False, with_nan=False),
     "portable": lambda: calls(portable=True),

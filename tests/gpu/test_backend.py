@@ -183,25 +183,6 @@ def test_neighbouring_memory_does_not_matter(config, path, cupy):
     assert (cupy.asnumpy(out).view(np.uint16) == cupy.asnumpy(again).view(np.uint16)).all()
 
 
-@pytest.mark.parametrize("kind", ["one huge logit", "all equal", "very low"])
-def test_extreme_logits_stay_finite(kind, path, cupy):
-    problem = Problem(1, 1, 32768, 32768, 64, UniSparseConfig(top_p=0.5))
-    rng = np.random.default_rng(3)
-    q, k, v = random_inputs(rng, problem, BFLOAT16, cupy)
-    if kind == "one huge logit":
-        q[...] = 1.0
-        k[:, 1000] = 3e4
-    elif kind == "all equal":
-        q[...] = 1.0
-        k[...] = 1.0
-    else:
-        q[...] = 1e4
-        k[...] = -1e4
-    out, trace = backend().run_sparse(q, k, v, problem)
-    assert cupy.isfinite(out.astype(np.float32)).all()
-    assert cupy.isfinite(trace.lse).all()
-
-
 def test_numpy_in_numpy_out_and_batch(cupy):
     rng = np.random.default_rng(4)
     q, k, v = (rng.standard_normal((2, heads, 300, 64)).astype(np.float16) for heads in (4, 2, 2))

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUNS = [
-    *((tool, case) for tool in ("memcheck", "racecheck") for case in ("native", "portable")),
-    ("racecheck", "record"), ("racecheck", "record read by one lane"), ("initcheck", "portable"), ("initcheck", "native finite"),
+    *((tool, case) for tool in ("memcheck", "racecheck") for case in ("native", "portable", "decode")),
+    *(("initcheck", case) for case in ("portable", "native finite", "decode")),
+    ("racecheck", "record"), ("racecheck", "record read by one lane"),
 ]  # fmt: skip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")]
@@ -42,14 +43,15 @@ def problems(text):
     )
 
 
-@pytest.mark.parametrize("case", ["native", "portable"])
+@pytest.mark.parametrize("case", ["native", "portable", "decode"])
 def test_every_access_is_inside_its_array(case, reports):
     assert problems(reports["memcheck", case]) == 0, reports["memcheck", case][-3000:]
 
 
-def test_portable_kernels_have_no_races_and_read_nothing_unwritten(reports):
-    assert problems(reports["racecheck", "portable"]) == 0, reports["racecheck", "portable"][-3000:]
-    assert problems(reports["initcheck", "portable"]) == 0, reports["initcheck", "portable"][-3000:]
+@pytest.mark.parametrize("case", ["portable", "decode"])
+def test_portable_and_decode_kernels_have_no_races_and_read_nothing_unwritten(case, reports):
+    assert problems(reports["racecheck", case]) == 0, reports["racecheck", case][-3000:]
+    assert problems(reports["initcheck", case]) == 0, reports["initcheck", case][-3000:]
 
 
 def test_hopper_kernels_have_no_race_beyond_what_the_tool_reports_of_any_mbarrier(reports):
