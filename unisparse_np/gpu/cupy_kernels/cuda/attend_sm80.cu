@@ -91,16 +91,16 @@ struct Softmax {
         float x = fmaxf(s[m][2 * r], s[m][2 * r + 1]);
 #pragma unroll
         for (int j = 1; j < HALF / 8; ++j) x = fmaxf(x, fmaxf(s[m][4 * j + 2 * r], s[m][4 * j + 2 * r + 1]));
-        x = quad_max(x);
+        x = quad_max(x) * c;
         moved |= x > largest[m][r];
         x = fmaxf(x, largest[m][r]);
         const float from = x == -INFINITY_F ? 0.f : x;  // rows that saw nothing yet
-        scale[m][r] = exp2_fast((largest[m][r] - from) * c);
+        scale[m][r] = exp2_fast(largest[m][r] - from);
         largest[m][r] = x;
         sum[m][r] *= scale[m][r];
 #pragma unroll
         for (int j = 0; j < HALF / 8; ++j) {
-          const float a = exp2_fast(fmaf(s[m][4 * j + 2 * r], c, -from * c)), b = exp2_fast(fmaf(s[m][4 * j + 2 * r + 1], c, -from * c));
+          const float a = exp2_fast(fmaf(s[m][4 * j + 2 * r], c, -from)), b = exp2_fast(fmaf(s[m][4 * j + 2 * r + 1], c, -from));
           sum[m][r] += a + b;
           p[m][j / 2][2 * (j % 2) + r] = pack(a, b);
         }
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_sm80(
         not_finite += a * 0.f + b * 0.f;
         if (row < shape.q_len) output[(at * HEAD_DIM + 8 * i + (lane & 3) * 2) >> 1] = pack(a, b);
       }
-      if ((lane & 3) == 0 && row < shape.q_len) lse[at] = (softmax.largest[m][r] * c + log2_fast(sum)) * 0.6931471805599453f;
+      if ((lane & 3) == 0 && row < shape.q_len) lse[at] = (softmax.largest[m][r] + log2_fast(sum)) * 0.6931471805599453f;
     }
     if (__any_sync(0xffffffffu, not_finite != 0.f) && lane == 0) {
       const int slot = atomicAdd(broken, 1);
