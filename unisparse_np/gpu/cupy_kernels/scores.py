@@ -164,7 +164,7 @@ def scoring_in_one_pass(
     wanted = int(with_mean), int(with_peak)
     for first in range(0, heads, slice_heads):
         count = min(slice_heads, heads - first)
-        yield Launch(score, ceil_div(q_length, HOPPER_ROWS), count, (queries, keys, shape, first, room["sums"], room["maxima"]))
+        yield Launch(score, count, ceil_div(q_length, HOPPER_ROWS), (queries, keys, shape, first, room["sums"], room["maxima"]))
         merged = ceil_div(q_length, max(16, plan.queries_per_block))
         yield Launch(merge, merged, count, (room["sums"], room["maxima"], shape, first, *wanted, units, peak, *select))
 

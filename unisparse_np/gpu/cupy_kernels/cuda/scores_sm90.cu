@@ -9,7 +9,8 @@
 //   3  blocks of 4 and 8 composites too: a stored sum is then a block, and a thread block merges several query blocks
 //   4  merge_scores goes on to steps 4-5 where the host asks for it (few blocks, or blocks of 4): no score reaches global memory
 //   5  sums of 32 keys where a block has as many, and only those of mean and peak that a rule reads
-//   6  in its second look at the sums merge_scores has a thread go through the queries of a tile, instead of lanes that meet by shuffles
+//   6  score_tiles takes the longest rows of all heads first, so that the last thread blocks are short ones
+//   7  in its second look at the sums merge_scores has a thread go through the queries of a tile, instead of lanes that meet by shuffles
 //
 // For QUERIES_PER_BLOCK >= 4 and KEYS_PER_BLOCK 4 to 64; scores.cu does the rest.
 // A stored sum lies between 2^-24 and GROUP of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
@@ -107,7 +108,7 @@ DEVICE void store_sums(uint16_t* to, const float (&sums)[GROUPS_PER_LANE]) {
 #endif
 }
 
-// Grid: (ceil(Tq / ROWS), composite heads of this launch). queries, keys: maps over qc [Hc, Tq, d], kc [Hkc, Tk, d] float16.
+// Grid: (composite heads of this launch, ceil(Tq / ROWS)): the longest rows of all heads come first. queries, keys: maps over qc [Hc, Tq, d], kc [Hkc, Tk, d] float16.
 // sums [heads, ceil(Tq / 16), tiles, 16, GROUPS] float16, maxima [heads, ceil(Tq / 16), tiles, 16]; only visible tiles are written.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
     const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, const Shape shape, int first_head,
@@ -118,8 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
   const uint32_t barriers = base + BARRIERS_AT;
   const int thread = threadIdx.x, lane = thread & 31;
   const int warpgroup = __shfl_sync(0xffffffffu, thread >> 7, 0);
-  const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // the longest first
-  const int head = first_head + blockIdx.y;
+  const int first_row = (gridDim.y - 1 - blockIdx.y) * ROWS;
+  const int head = first_head + blockIdx.x;
   const int last_of_block = last_visible_composite(shape, min(first_row + ROWS, shape.num_q_composites) - 1);
   const int tiles = last_of_block / COLUMNS + 1;
 
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
     const int stop = wg_row < shape.num_q_composites ? last_visible_composite(shape, min(wg_row + 64, shape.num_q_composites) - 1) : -1;
     const bool exists = 16 * group16 < shape.num_q_composites;
     const int pitch = ceil_div(shape.num_k_composites, COLUMNS);
-    const int64_t at = ((int64_t)blockIdx.y * ceil_div(shape.num_q_composites, 16) + group16) * pitch;
+    const int64_t at = ((int64_t)blockIdx.x * ceil_div(shape.num_q_composites, 16) + group16) * pitch;
     const uint64_t q_tile = tile_descriptor(base + (warpgroup - 1) * (64 * 128), 16);
     const float c = shape.scale_log2;
     barrier_wait(Q_FULL, 0);
@@ -211,7 +212,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_tiles(
 #define QUERIES (QUERIES_PER_BLOCK < 16 ? 16 : QUERIES_PER_BLOCK)  // of a thread block
 #define Q_BLOCKS (QUERIES / QUERIES_PER_BLOCK)
 #define ROWS_PER_BLOCK (QUERIES_PER_BLOCK < 16 ? QUERIES_PER_BLOCK : 16)  // of 16 queries, those of one block
-#define PIECE (GROUPS < 8 ? GROUPS : 8)  // sums of a query that a thread takes at once, up to 16 bytes
+#if KEYS_PER_BLOCK >= 32
+#define PIECE 4  // sums of a query that a thread takes at once: all there are
+#else
+#define PIECE 8  // or 16 bytes of them
+#endif
 #define PIECES (GROUPS / PIECE)          // of a tile
 #define BLOCKS_PER_PIECE (PIECE / GROUPS_PER_BLOCK)
 
@@ -246,24 +251,29 @@ struct LaneSums {  // a lane's share of a tile: half a query's sums
 };
 
 // One query's PIECE stored sums times `weight`, added to its blocks' mass, and the most of any query.
-DEVICE void add_shares(float (&mass)[BLOCKS_PER_PIECE], float (&most)[BLOCKS_PER_PIECE], const uint16_t* sums, float weight) {
-  uint32_t raw[PIECE / 2];
-  if (PIECE == 8) {
-    const int4 eight = *(const int4*)sums;
-    raw[0] = eight.x; raw[1] = eight.y; raw[PIECE / 2 - 2] = eight.z; raw[PIECE / 2 - 1] = eight.w;
-  } else {
-    const uint2 four = *(const uint2*)sums;
-    raw[0] = four.x; raw[1] = four.y;
-  }
+DEVICE void add_shares(float (&mass)[BLOCKS_PER_PIECE], float (&most)[BLOCKS_PER_PIECE], const uint32_t (&sums)[PIECE / 2], float weight) {
 #pragma unroll
   for (int b = 0; b < BLOCKS_PER_PIECE; ++b) {
     float share = 0.f;
 #pragma unroll
-    for (int g = b * GROUPS_PER_BLOCK; g < (b + 1) * GROUPS_PER_BLOCK; ++g) share += from_half((uint16_t)(raw[g / 2] >> 16 * (g & 1)));
+    for (int g = b * GROUPS_PER_BLOCK; g < (b + 1) * GROUPS_PER_BLOCK; ++g) share += from_half((uint16_t)(sums[g / 2] >> 16 * (g & 1)));
     share = weight > 0.f ? share * weight : 0.f;
     mass[b] += share;
     most[b] = fmaxf(most[b], share);
   }
+}
+
+// The PIECE stored sums of two neighbouring queries, in loads of 16 bytes.
+DEVICE void load_two(uint32_t (&first)[PIECE / 2], uint32_t (&second)[PIECE / 2], const uint16_t* from) {
+  const int4 x = *(const int4*)from;
+  first[0] = x.x; first[1] = x.y;
+#if PIECE == 4
+  second[0] = x.z; second[1] = x.w;
+#else
+  const int4 y = *(const int4*)(from + GROUPS);
+  first[2] = x.z; first[3] = x.w;
+  second[0] = y.x; second[1] = y.y; second[2] = y.z; second[3] = y.w;
+#endif
 }
 
 // Grid: (query blocks, or sixteens of composite queries where blocks are smaller; composite heads of this launch). Reads what
@@ -325,10 +335,13 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_scores(
 #pragma unroll
         for (int row = first; row < first + ROWS_PER_BLOCK; row += 4) {
           const float4 highest = *(const float4*)(maxima + (at + n) * 16 + row), log_sum = *(const float4*)(log_sums + row);
-          add_shares(mass, most, from + row * GROUPS, exp2_fast(highest.x - log_sum.x));
-          add_shares(mass, most, from + (row + 1) * GROUPS, exp2_fast(highest.y - log_sum.y));
-          add_shares(mass, most, from + (row + 2) * GROUPS, exp2_fast(highest.z - log_sum.z));
-          add_shares(mass, most, from + (row + 3) * GROUPS, exp2_fast(highest.w - log_sum.w));
+          uint32_t four[4][PIECE / 2];
+          load_two(four[0], four[1], from + row * GROUPS);
+          load_two(four[2], four[3], from + (row + 2) * GROUPS);
+          add_shares(mass, most, four[0], exp2_fast(highest.x - log_sum.x));
+          add_shares(mass, most, four[1], exp2_fast(highest.y - log_sum.y));
+          add_shares(mass, most, four[2], exp2_fast(highest.z - log_sum.z));
+          add_shares(mass, most, four[3], exp2_fast(highest.w - log_sum.w));
         }
 #pragma unroll
         for (int b = 0; b < BLOCKS_PER_PIECE; ++b) {
