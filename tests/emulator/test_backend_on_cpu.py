@@ -236,3 +236,22 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         "        tests.check(problem, '90', seed=seed)\n"
     )
     assert_caught(PLANTED[name], checks, tmp_path)
+
+
+PLANTED_IN_PORTABLE = {
+    "an output that an old maximum scaled": ("    if (early_moved) softmax.rescale(o);\n", ""),
+    "the second half hides what the first does": ("tile < 0 ? tile - HALF : tile + HALF", "tile"),
+    "a maximum that hidden keys have": ("    if (partly) hide(early, tile, item, words, anchors, shape);\n", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED_IN_PORTABLE)
+def test_a_bug_planted_in_the_portable_kernel_is_caught(name, tmp_path):
+    checks = (
+        "from tests.emulator import test_backend_on_cpu as tests\n"
+        "for seed in range(3):\n"
+        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.HALF_BLOCKS_256):\n"
+        "        tests.check(problem, '80', seed=seed)\n"
+    )
+    assert_caught(("attend_sm80.cu", *PLANTED_IN_PORTABLE[name]), checks, tmp_path)
