@@ -44,6 +44,7 @@ def layer_cases(architecture):
     yield "gemv.cu", architecture, {"WIDTH": 14336, "THREADS": 512}, "norm_gemv_swiglu", 128, 0  # as threads_without_spills has it
     yield "finite.cu", architecture, {}, "find_not_finite", 32, 0
     yield "sample.cu", architecture, {}, "find_largest", 64, 0
+    yield "draw.cu", architecture, {}, "draw", 64, 0
 
 
 def plain_cases(architecture, dim, rows, query_rows):

@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 HERE = Path(__file__).parent
@@ -249,22 +248,18 @@ def encode_tensor_map(to: int, _type: int, rank: int, base: Any, sizes: Any, str
     return 0
 
 
-def gemm(
-    _handle: int, transpose_a: int, transpose_b: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int, lda: int, b: int,
-    b_type: int, ldb: int, beta: int, c: int, c_type: int, ldc: int, _compute: int, _algorithm: int,
-) -> None:  # fmt: skip
-    """cublasGemmEx in NumPy, for the one shape that is asked for: C [n, m] = alpha B [n, k] A^T [k, m] + beta C, rows first."""
-    assert (transpose_a, transpose_b, lda, ldb, ldc) == (1, 0, k, k, m)
-    left, right, out = _memory(b, (n, k), b_type), _memory(a, (m, k), a_type), _memory(c, (n, m), c_type)
-    factors = [_memory(pointer, (1,), 0)[0] for pointer in (alpha, beta)]
-    result = factors[0] * (left.astype(np.float32) @ right.astype(np.float32).T)
-    if factors[1]:  # beta 0 does not read C
-        result += factors[1] * out.astype(np.float32)
-    out[...] = result
+def product_plan(rows: int, tokens: int, inner: int, dtype: np.dtype, out_dtype: np.dtype, *_: int) -> Callable[..., None]:
+    """What products.product_plan makes, in NumPy: out [tokens, rows] = x [tokens, inner] weight [rows, inner]^T, or added to it."""
+
+    def multiply(weight: int, x: int, out: int, add: bool) -> None:
+        left, right = _memory(x, (tokens, inner), dtype), _memory(weight, (rows, inner), dtype)
+        result, place = left.astype(np.float32) @ right.astype(np.float32).T, _memory(out, (tokens, rows), out_dtype)
+        place[...] = result + place.astype(np.float32) if add else result  # without add the place is not read
+
+    return multiply
 
 
-def _memory(pointer: int, shape: tuple[int, ...], kind: int) -> np.ndarray:
-    dtype = np.dtype({0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}[kind])
+def _memory(pointer: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(pointer)
     return np.frombuffer(raw, dtype).reshape(shape)
 
@@ -278,6 +273,7 @@ def installed(capability: str) -> Iterator[types.ModuleType]:
     try:
         backend = importlib.import_module("unisparse_np.gpu.cupy_kernels")
         device = importlib.import_module("unisparse_np.gpu.cupy_kernels.device")
+        importlib.import_module("unisparse_np.gpu.cupy_kernels.products").product_plan = product_plan
         device.driver = lambda: types.SimpleNamespace(cuTensorMapEncodeTiled=encode_tensor_map)
         yield backend
     finally:
@@ -316,26 +312,16 @@ def _module(capability: str) -> types.ModuleType:
     module.RawModule = RawModule  # type: ignore[attr-defined]
     module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes=ATTRIBUTES)
-    runtime = types.SimpleNamespace(
-        CUDARuntimeError=RuntimeError, getDevice=lambda: 0, CUDA_R_32F=0, CUDA_R_16F=2, CUDA_R_16BF=14, memGetInfo=lambda: (1 << 34,) * 2
-    )
-    modes = [0]
-    cublas = types.SimpleNamespace(
-        gemmEx=gemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1,
-        getMathMode=lambda _: modes[0], setMathMode=lambda _, mode: modes.__setitem__(0, mode),
-    )  # fmt: skip
+    runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError, getDevice=lambda: 0, memGetInfo=lambda: (1 << 34,) * 2)
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
-    devices = types.SimpleNamespace(get_cublas_handle=lambda: 0)
     module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Device=lambda *_: device,
         Event=Event,
         Stream=Stream,
         get_current_stream=lambda: types.SimpleNamespace(ptr=0, synchronize=lambda: None),
         alloc=alloc,
-        device=devices,
         runtime=runtime,
         memory=memory,
-        cublas=cublas,
         driver=types.SimpleNamespace(launchKernel=launch_kernel),
     )
     return module

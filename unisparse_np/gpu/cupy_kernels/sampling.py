@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cupy
@@ -12,7 +13,8 @@ from ...problem import ceil_div
 from .device import kernel
 
 THREADS, SEARCH_THREADS, SEARCH_BYTES = 256, 1024, 32 * (8 + 3 * 4)  # of sample.cu
-FOUND = np.dtype([("largest", np.float64), ("token", np.int64), ("broken", np.int64), ("possible", np.int64)])
+DRAW_THREADS, DRAW_BYTES, LARGEST_WEIGHT = 1024, 8 * (2048 + 32 + 2), 1 << 43  # of draw.cu
+FOUND = np.dtype([(name, np.float64 if name == "largest" else np.int64) for name in ("largest", "token", "broken", "possible", "positive")])
 NULL = np.uint64(0)
 
 
@@ -30,6 +32,7 @@ class DeviceSampler:
         self.repetition_penalty = repetition_penalty
         self._random = np.random.default_rng(seed)
         self._found = cupy.zeros(FOUND.itemsize // 8, np.int64)  # one FOUND
+        self._weights = cupy.empty(vocab_size if temperature > 0.0 else 0, np.uint64)
         self._seen = cupy.zeros(vocab_size, np.uint8) if repetition_penalty != 1.0 else None
         self._seen_ids: np.ndarray = np.empty(0, dtype=np.int64)  # what _seen was made from
 
@@ -45,10 +48,9 @@ class DeviceSampler:
         find = kernel("sample.cu", "find_largest", SEARCH_BYTES)
         find((1,), (SEARCH_THREADS,), (logits, seen, penalty, vocab, self._found), shared_mem=SEARCH_BYTES)
         if self.temperature > 0.0:
-            weights = cupy.empty(len(logits), np.float64)
-            arguments = (logits, seen, penalty, np.float64(self.temperature), vocab, self._found, weights)
+            arguments = (logits, seen, penalty, np.float64(self.temperature), vocab, self._found, self._weights)
             kernel("sample.cu", "weigh", 0)((ceil_div(len(logits), THREADS),), (THREADS,), arguments)
-            self._found[1] = self._draw(weights)
+            self._draw(vocab)
         found = cupy.asnumpy(self._found).view(FOUND)[0]
         if found["broken"] or not found["possible"]:
             raise broken_logits(int(found["broken"]), len(logits))
@@ -65,31 +67,13 @@ class DeviceSampler:
             kernel("sample.cu", "note_seen", 0)((ceil_div(len(new), THREADS),), (THREADS,), (new, np.int32(len(new)), seen))
         self._seen_ids = ids.copy()
 
-    def _draw(self, weights: Any) -> Any:
-        """Steps 3 to 6: weights [vocab] float64, the largest 1 -> the id drawn, on the device. Dropped tokens get weight 0.
-
-        Everything stays on the device, so what depends on how many tokens are left is a choice between arrays.
-        """
-        ids = cupy.arange(len(weights))
-        order = ids
-        if self.top_k or self.top_p < 1.0:
-            descending = cupy.argsort(-weights, kind="stable")
-            if self.top_k:
-                trims = cupy.count_nonzero(weights) > self.top_k
-                by_rank = weights[descending] * (ids < self.top_k)
-                order = descending if self.top_p < 1.0 else cupy.where(trims, descending, ids)
-                weights = cupy.where(trims, by_rank, weights[order])
-            else:
-                order, weights = descending, weights[descending]
-        if self.top_p < 1.0:
-            mass_up_to = cupy.cumsum(weights)
-            weights = weights * (mass_up_to - weights < self.top_p * mass_up_to[-1])
-        if self.min_p > 0.0:
-            weights = weights * (weights >= self.min_p)
-        cumulative = cupy.cumsum(weights)
-        place = cupy.count_nonzero(cumulative <= self._random.random() * cumulative[-1])
-        last = cupy.max(ids * (weights > 0))
-        return order[cupy.minimum(place, last)]
+    def _draw(self, vocab: np.int32) -> None:
+        """Steps 3 to 6: the token drawn from the weights, on the device."""
+        positive, token = (self._found[FOUND.names.index(name) :] for name in ("positive", "token"))  # type: ignore[union-attr]
+        least = np.int64(math.ceil(self.min_p * LARGEST_WEIGHT))
+        settings = np.int32(min(self.top_k, int(vocab))), np.float64(self.top_p), least, np.float64(self._random.random())
+        draw = kernel("draw.cu", "draw", DRAW_BYTES)
+        draw((1,), (DRAW_THREADS,), (self._weights, vocab, positive, *settings, token), shared_mem=DRAW_BYTES)
 
 
 def new_sampler(

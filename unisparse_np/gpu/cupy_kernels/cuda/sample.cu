@@ -14,6 +14,7 @@ struct Found {
   int64_t token;     // its id, the smallest of a tie
   int64_t broken;    // logits that are NaN or +inf
   int64_t possible;  // logits above -inf
+  int64_t positive;  // weights above 0, which `weigh` counts
 };
 
 // Step 1: a token seen before loses, once.
@@ -64,16 +65,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) find_largest(
     broken += broken_counts[w];
     possible += possible_counts[w];
   }
-  *found = Found{best, place, broken, possible};
+  *found = Found{best, place, broken, possible, 0};
 }
 
-// Step 2: weights up to a common factor, exp((logit - largest) / temperature), [vocab] float64. Grid: enough threads.
+// Step 2: weights exp((logit - largest) / temperature), [vocab], as whole numbers: 2^43 is 1. Grid: enough threads.
 extern "C" __global__ void weigh(
-    const float* __restrict__ logits, const unsigned char* __restrict__ seen, double penalty, double temperature, int vocab,
-    const Found* __restrict__ found, double* __restrict__ weights)
+    const float* __restrict__ logits, const unsigned char* __restrict__ seen, double penalty, double temperature, int vocab, Found* found,
+    uint64_t* __restrict__ weights)
 {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < vocab) weights[i] = exp((penalised(logits[i], seen && seen[i], penalty) - found->largest) / temperature);
+  double weight = 0.;
+  if (i < vocab) {
+    weight = exp((penalised(logits[i], seen && seen[i], penalty) - found->largest) / temperature);
+    weights[i] = weight > 0. ? (uint64_t)(weight * 8796093022208. + .5) : 0;  // NaN becomes 0
+  }
+  const int positive = __popc(__ballot_sync(0xffffffffu, weight > 0.));
+  if ((threadIdx.x & 31) == 0 && positive) atomicAdd((unsigned long long*)&found->positive, (unsigned long long)positive);
 }
 
 // Notes token ids that were seen. Grid: enough threads.
