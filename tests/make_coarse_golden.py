@@ -34,7 +34,8 @@ CASES = {
     "coarse_ragged": Case((6, 2), (333, 333), 64, UniSparseConfig(64, 4, 2, top_p=0.85, row_threshold=0.5, top_p_compress=8)),
     "coarse_offset": Case(
         (4, 2), (150, 391), 64,
-        UniSparseConfig(64, 2, 4, 2, top_p=0.7, row_threshold=0.3, key_anchors=2, sink_blocks=0, local_blocks=0, top_p_compress=16), q_offset=213,
+        UniSparseConfig(64, 2, 4, 2, top_p=0.7, row_threshold=0.3, key_anchors=2, sink_blocks=0, local_blocks=0, top_p_compress=16),
+        q_offset=213,
     ),
     "coarse_across": Case(
         (4, 2), (100, 141), 32,

@@ -11,6 +11,7 @@ from unisparse_np import InvalidInput, Problem, UniSparseConfig
 def test_presets():
     assert UniSparseConfig() == UniSparseConfig(128, 8, 8, 1, 0.95, None, 1, 1, 1)
     assert UniSparseConfig.paper() == UniSparseConfig(128, 8, 8, 1, 0.95, None, 0, 0, 0)
+    assert UniSparseConfig.balanced() == UniSparseConfig(64, 2, 2, 1, 0.93, 0.025, 1, 1, 1, 8)
     assert UniSparseConfig.precise() == UniSparseConfig(64, 2, 4, 1, None, 0.02, 1, 1, 1)
 
 

@@ -18,7 +18,10 @@ def test_no_file_is_none(tmp_path: Path) -> None:
     assert read_config_file(tmp_path) is None and not was_tuned(tmp_path)
 
 
-@pytest.mark.parametrize("attention", [UniSparseConfig(), UniSparseConfig.precise(), UniSparseConfig(top_p=(0.9, 0.8)), PER_LAYER, COARSE])
+@pytest.mark.parametrize(
+    "attention",
+    [UniSparseConfig(), UniSparseConfig.balanced(), UniSparseConfig.precise(), UniSparseConfig(top_p=(0.9, 0.8)), PER_LAYER, COARSE],
+)
 def test_what_was_written_is_read_back(tmp_path: Path, attention: UniSparseConfig | list[UniSparseConfig]) -> None:
     write_config_file(tmp_path, attention, {"kl": 0.01})
     assert read_config_file(tmp_path) == attention and was_tuned(tmp_path)

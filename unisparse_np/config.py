@@ -97,6 +97,11 @@ class UniSparseConfig:
         return cls(top_p=top_p, key_anchors=0, sink_blocks=0, local_blocks=0)
 
     @classmethod
+    def balanced(cls) -> UniSparseConfig:
+        """Small blocks, Top-P over coarse composite tokens for text, the row threshold over fine ones for single needles."""
+        return cls(block_size=64, q_compress=2, k_compress=2, top_p=0.93, row_threshold=0.025, top_p_compress=8)
+
+    @classmethod
     def precise(cls) -> UniSparseConfig:
         """Small blocks, finer queries than keys, and the row threshold instead of Top-P: keeps single needles."""
         return cls(block_size=64, q_compress=2, k_compress=4, top_p=None, row_threshold=0.02)
@@ -104,6 +109,7 @@ class UniSparseConfig:
 
 PRESETS: dict[str, Callable[[], UniSparseConfig]] = {
     "default": UniSparseConfig,
+    "balanced": UniSparseConfig.balanced,
     "paper": UniSparseConfig.paper,
     "precise": UniSparseConfig.precise,
 }

@@ -191,11 +191,11 @@ def test_another_model_is_another_run(model: Path, tmp_path: Path) -> None:
 
 
 def test_configs_from_text(model: Path, tmp_path: Path) -> None:
-    texts = ("dense", "precise", "paper,attn-top-p=0.9,k-compress=4", "row-threshold=0.02,top_p=off,compress=4", "default,block-size=1K",
+    texts = ("dense", "balanced", "paper,attn-top-p=0.9,k-compress=4", "row-threshold=0.02,top_p=off,compress=4", "default,block-size=1K",
              "row-threshold=0.02,compress=4,top-p-compress=16", "row-threshold=0.02,top-p-compress=off")  # fmt: skip
     assert attentions_of(str(tmp_path), texts) == {
         "dense": "dense",
-        "precise": UniSparseConfig.precise(),
+        "balanced": UniSparseConfig.balanced(),
         texts[2]: UniSparseConfig(top_p=0.9, k_compress=4, key_anchors=0, sink_blocks=0, local_blocks=0),
         texts[3]: UniSparseConfig(top_p=None, row_threshold=0.02, q_compress=4, k_compress=4),
         texts[4]: UniSparseConfig(block_size=1024),

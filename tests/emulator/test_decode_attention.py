@@ -146,7 +146,9 @@ def test_steps_are_the_same_to_the_bit_in_every_run():
 
 def test_equal_blocks_are_kept_in_index_order():
     """Past the first word of the mask: keys that are all the same tie everywhere."""
-    decoding = Decoding(UniSparseConfig(64, 8, 32, top_p=0.875, key_anchors=0, sink_blocks=0, local_blocks=0), 1, 1, 64, 40 * 64, np.float16)
+    decoding = Decoding(
+        UniSparseConfig(64, 8, 32, top_p=0.875, key_anchors=0, sink_blocks=0, local_blocks=0), 1, 1, 64, 40 * 64, np.float16
+    )
     decoding.k[...] = 1
     with cupy_on_cpu.installed("90"):
         ((_, mask, _),) = decoding.run(sys.modules["cupy"], [40 * 64 - 1])
@@ -185,12 +187,13 @@ PLANTED = {
     ),
     "an old maximum": ("decode_attention.cu", "        max[n][e] = highest;\n", ""),
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
-    "the open block is not pooled": ("decode_select.cu", "    pool_open_block({", "    if (false) pool_open_block({"),
+    "the newest key is not pooled": ("decode_select.cu", "    pool_newest({", "    if (false) pool_newest({"),
+    "an anchor of larger norm": ("decode_select.cu", "__shfl_sync(0xffffffffu, mine, i)) <= norm", "__shfl_sync(0xffffffffu, mine, i)) >= norm"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),
     "a cell of other composites": (
         "decode_cells.cuh", "float sum = exp2_fast(logits[2 * k + e] - base)", "float sum = exp2_fast(logits[e] - base)",
     ),
-    "a threshold too high": ("decode_cut.cuh", "t += steps * unit", "t += min(3, steps + 1) * unit"),
+    "a threshold too high": ("decode_cut.cuh", "t += (uint32_t)steps << bit", "t += (uint32_t)(steps + 1) << bit"),
     "ties of earlier words": ("decode_select.cu", "before += ties[i]", "before += 0"),
     "coarse keys of the wrong size": ("decode_cells.cuh", "z[2 * k + e] = sum[k] / tokens[k]", "z[2 * k + e] = sum[k]"),
 }  # fmt: skip
@@ -204,6 +207,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         "for name in ('default, blocks of 64', 'from the first token', 'Top-P with composites of its own'):\n"
         "    tests.test_decode_steps(name)\n"
         "tests.test_a_few_queries('two groups of rows')\n"
+        "tests.test_keys_pooled_one_by_one_are_those_of_the_whole()\n"
         "tests.test_equal_blocks_are_kept_in_index_order()\n"
     )
     assert_caught(PLANTED[name], checks, tmp_path)

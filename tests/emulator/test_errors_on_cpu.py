@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") i
 
 PROBLEM = Problem(2, 1, 4096, 4096, 64)
 CONFIGS = [
-    UniSparseConfig(), UniSparseConfig.precise(), *(UniSparseConfig(q_compress=c, k_compress=c) for c in (4, 16, 32)),
+    UniSparseConfig(), UniSparseConfig.balanced(), UniSparseConfig.precise(),
+    *(UniSparseConfig(q_compress=c, k_compress=c) for c in (4, 16, 32)),
     UniSparseConfig(q_compress=8, k_compress=32), UniSparseConfig(block_size=64, q_compress=2, k_compress=4, key_anchors=8),
     UniSparseConfig(64, 4, 2, top_p=0.95, row_threshold=0.02, top_p_compress=8),
 ]  # fmt: skip

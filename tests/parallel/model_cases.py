@@ -58,10 +58,11 @@ CASES = {
     "too short to share": Case("qwen3, tied", TOP_P, 5, decode=TOP_P),
     "needle-llama": Case("needle-llama", UniSparseConfig(block_size=64, top_p=0.8), 620, decode=UniSparseConfig(block_size=64)),
     "needle-llama, precise": Case("needle-llama", UniSparseConfig.precise(), 520),
+    "needle-llama, balanced": Case("needle-llama", UniSparseConfig.balanced(), 520, chunk_size=256, decode=UniSparseConfig.balanced()),
 }
 # tensor x context, by the number of ranks. Two KV heads go to two tensor ranks at most, and so does a composite head of half the heads.
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
-AT_MOST_TWO = {"across KV heads", "needle-llama", "needle-llama, precise"}
+AT_MOST_TWO = {"across KV heads", "needle-llama", "needle-llama, precise", "needle-llama, balanced"}
 
 
 def grids(name: str, size: int) -> list[tuple[int, int]]:

@@ -50,7 +50,9 @@ def test_every_legal_head_compress(num_q_heads, num_kv_heads):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-@pytest.mark.parametrize("config", [SMALL, UniSparseConfig.precise(), "dense"], ids=["small", "precise", "dense"])
+@pytest.mark.parametrize(
+    "config", [SMALL, UniSparseConfig.balanced(), UniSparseConfig.precise(), "dense"], ids=["small", "balanced", "precise", "dense"]
+)
 def test_dtypes_come_out_as_they_went_in(dtype, config):
     q, k, v = random_qkv(4, 2, 150, 150, dtype=dtype)
     out, lse, trace = unisparse_attention(q, k, v, config, return_lse=True, return_trace=True)

@@ -47,8 +47,9 @@ _what_options = in_section(
 _config_options = in_section(
     "Attention",
     flag("--config", "configs", multiple=True, metavar="TEXT",
-         help="One to compare with dense; several times for several. A preset (default, paper, precise), tuned (unisparse.json beside the "
-              "model), and settings named as generate's flags: paper,attn-top-p=0.9,k-compress=4. Unset: what generate would use."),
+         help="One to compare with dense; several times for several. A preset (default, balanced, precise, paper), tuned "
+              "(unisparse.json beside the model), and settings named as generate's flags: paper,attn-top-p=0.9,k-compress=4. "
+              "Unset: what generate would use."),
 )  # fmt: skip
 
 _file_options = in_section(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import UniSparseConfig
+from ..config import PRESETS
 from ..config_file import CONFIG_FILE, was_tuned, write_config_file
 from ..errors import InvalidInput
 from .backend import choose_backend
@@ -43,6 +43,9 @@ _file_options = in_section(
     flag("--results", metavar="FILE", help="Probes are appended here, and a stopped run goes on. Default: tune-MODEL.jsonl."),
     flag("--force", is_flag=True, help=f"Replace a {CONFIG_FILE} that tune did not write."),
 )  # fmt: skip
+
+
+_COMPARED = {f"{name} preset": preset() for name, preset in PRESETS.items() if name != "paper"}  # with what was found
 
 
 @click.command(cls=SectionedCommand)
@@ -89,15 +92,12 @@ def tune(
     layers = model.config.num_hidden_layers
     curves = partial(measure_head_curves, model, [windows[n] for n in search_windows[:_CURVE_WINDOWS]])
     with ResultsFile(Path(results or f"tune-{folder.resolve().name}.jsonl"), run) as file, CountBar("Probing", quiet) as bar:
-        prober = Prober(model, windows, file, cost_kind, _counted(bar, Search.planned_probes(layers) + 4))  # type: ignore[arg-type]
+        prober = Prober(model, windows, file, cost_kind, _counted(bar, Search.planned_probes(layers) + 2 + len(_COMPARED)))  # type: ignore[arg-type]
         search = Search(lambda attention: prober(attention, search_windows), curves, max_kl, layers)
         try:
             fits = search.run()
             settled, closest = settle(fits, lambda attention: prober(attention, other_windows), max_kl)
-            held_out_probes = {
-                "default preset": prober(UniSparseConfig(), other_windows),
-                "precise preset": prober(UniSparseConfig.precise(), other_windows),
-            }
+            held_out_probes = {name: prober(preset, other_windows) for name, preset in _COMPARED.items()}
         except KeyboardInterrupt:
             bar.__exit__(None, None, None)
             _report_best_so_far(search, file.path)
@@ -155,10 +155,9 @@ def _report(search: Search, settled: Settled, others: dict[str, Any], path: Path
 
     fits = search.ranked()
     if as_json:
-        presets = {"default preset": UniSparseConfig(), "precise preset": UniSparseConfig.precise()}
         answer = {
             "written": str(path), "max_kl": search.max_kl, "tuned": plain_probe(settled.attention, settled.probe),
-            "presets": {name: plain_probe(presets[name], probe) for name, probe in others.items()},
+            "presets": {name: plain_probe(_COMPARED[name], probe) for name, probe in others.items()},
             "fits": [plain_fit(fit) for fit in fits],
         }  # fmt: skip
         click.echo(json.dumps(answer))

@@ -23,9 +23,9 @@ RANDOM_SHAPE = (4, 2, 400, 64)  # Hq, Hkv, tokens, d: grouped heads, and a ragge
 RANDOM_CONFIGS = {
     "default": UniSparseConfig(),
     "paper": UniSparseConfig.paper(),
+    "balanced": UniSparseConfig.balanced(),
     "precise": UniSparseConfig.precise(),
     "two heads pooled": UniSparseConfig(head_compress=2),
-    "coarse Top-P": UniSparseConfig(64, 4, 2, top_p=0.5, row_threshold=0.02, top_p_compress=8),
 }
 LAST_QUERIES = 256  # of a model's prompt: enough for whole blocks, few enough for float64
 
