@@ -235,6 +235,7 @@ def main() -> None:
         selection(length, "c = 8", UniSparseConfig(), rows)
         if length > 8192:
             selection(length, "precise", UniSparseConfig.precise(), rows)
+            selection(length, "balanced", UniSparseConfig.balanced(), rows)
             selection(length, "Top-P with c = 8, row threshold with c_q 4, c_k 2", FINE_KEYS, rows)
     if not quick:
         selection(131072, "head_compress = 4", UniSparseConfig(head_compress=4), rows)

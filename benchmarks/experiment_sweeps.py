@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,11 +66,11 @@ def measure(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
 def text_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
     """SmolLM2: means over the windows."""
     model, tokenizer = load(str(SMOLLM2), backend=options.backend)
-    jobs = [(token_ids, sweep.text) for _, _, token_ids in text_windows(tokenizer, options.length, options.windows)]
-    losses = list(in_processes(window_losses, jobs, str(SMOLLM2), options.backend, options.workers))
+    windows = [token_ids for _, _, token_ids in text_windows(tokenizer, options.length, options.windows)]
+    losses = measured(window_losses, windows, sweep.text, SMOLLM2, options)
     return [
         {
-            "model": "SmolLM2", sweep.setting: value, **{key: mean_of([of[value] for of in losses], key) for key in losses[0][value]},
+            "model": "SmolLM2", sweep.setting: value, **{key: mean_of(losses[value], key) for key in losses[value][0]},
             "selection": selection_share(config), "selection_ms": selection_ms(config, options.length, model),
         }
         for value, config in sweep.text.items()
@@ -78,16 +80,32 @@ def text_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
 def needle_rows(sweep: Sweep, options: argparse.Namespace) -> list[Row]:
     """needle-llama: share of dense accuracy over the questions."""
     configs: dict[str, Any] = {"dense": "dense", **(sweep.needles or sweep.text)}
-    jobs = [(example, configs) for _, example in questions(options.length, options.questions)]
-    found = list(in_processes(answers, jobs, str(NEEDLE_LLAMA), options.backend, options.workers))
-    dense = mean_of([of.pop("dense") for of in found], "score")
+    examples = [example for _, example in questions(options.length, options.questions)]
+    found = measured(answers, examples, configs, NEEDLE_LLAMA, options)
+    dense = mean_of(found.pop("dense"), "score")
     return [
         {
-            "model": "needle-llama", sweep.setting: value, "share_of_dense": mean_of([of[value] for of in found], "score") / dense,
-            "density": mean_of([of[value] for of in found], "density"), "selection": selection_share(configs[value]),
+            "model": "needle-llama", sweep.setting: value, "share_of_dense": mean_of(of, "score") / dense,
+            "density": mean_of(of, "density"), "selection": selection_share(configs[value]),
         }
-        for value in found[0]
+        for value, of in found.items()
     ]  # fmt: skip
+
+
+def measured(
+    work: Callable[[Any, Any, Any], dict[str, Row]], items: list[Any], configs: dict[str, Any], model: Path, options: argparse.Namespace
+) -> dict[str, list[Row]]:
+    """Every item under every config: the rows of each config.
+
+    Several processes take a config at a time, so that they compile different kernels; one process computes an item's dense side once.
+    """
+    each = [configs] if options.workers == 1 else [{value: config} for value, config in configs.items()]
+    jobs = [(item, some) for item in items for some in each]
+    rows: dict[str, list[Row]] = {value: [] for value in configs}
+    for found in in_processes(work, jobs, str(model), options.backend, options.workers):
+        for value, row in found.items():
+            rows[value].append(row)
+    return rows
 
 
 def mean_of(rows: list[dict[str, float]], key: str) -> float:

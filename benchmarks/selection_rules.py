@@ -35,7 +35,7 @@ from unisparse_np.evaluation.windows import Windows
 from unisparse_np.model.tokenizer import Tokenizer
 
 QUOTATIONS = 4  # from each window, each after another cue
-RULES_AT_ONCE = 6  # of one item, by one process
+RULES_AT_ONCE = 3  # of one item, by one process
 SECONDS_BETWEEN_SUMMARIES = 5.0
 SOLVED = 0.8  # a task counts as solved where dense attention has this share of it right
 
@@ -89,13 +89,16 @@ RULES: dict[str, UniSparseConfig] = {
     "S 64, c 8, P .90 or c_q 2, c_k 2, tau .03": config(0.90, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .93 or c_q 2, c_k 2, tau .03": config(0.93, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .95 or c_q 2, c_k 2, tau .03": config(0.95, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c 8, P .93 or c_q 2, c_k 2, tau .025: balanced": config(0.93, 0.025, q_compress=2, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c_q 2, c_k 2, tau .04": config(tau=0.04, q_compress=2, k_compress=2, **S64),
+    "S 64, c_q 2, c_k 2, tau .05": config(tau=0.05, q_compress=2, k_compress=2, **S64),
 }
 
 UNIONS = tuple(rule for rule in RULES if " or c_q " in rule)
 ON_NEEDLES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "tau .02", "c 4, tau .02", "c 2, tau .02",
     "S 64", "S 64, c 4, P .98", "S 64, tau .02", "S 64, c 4, tau .02", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02",
-    "S 64, c_q 1, c_k 8, tau .025", *UNIONS,
+    "S 64, c_q 1, c_k 8, tau .025", *UNIONS, "S 64, c_q 2, c_k 2, tau .04", "S 64, c_q 2, c_k 2, tau .05",
 )  # fmt: skip
 ON_COPIES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64",
@@ -165,11 +168,13 @@ def items(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         for kind, start, token_ids in text_windows(tokenizer, options.length, options.windows, options.texts):
             yield f"{kind} {start}", token_ids
         return
-    for kind in options.texts:
-        for seed in range(QUOTATIONS):
-            suite = CopySuite(Windows(tokenizer, TEXTS[kind](), options.length, seed, count=3 * options.windows))
-            for example in suite.examples():
-                yield f"{kind} {seed} {example.number}", suite.quotation(example.number)
+    texts = {kind: TEXTS[kind]() for kind in options.texts}
+    for seed in range(QUOTATIONS):
+        suites = {
+            kind: CopySuite(Windows(tokenizer, text, options.length, seed, count=3 * options.windows)) for kind, text in texts.items()
+        }
+        for number in range(3 * options.windows):
+            yield from ((f"{kind} {seed} {number}", suite.quotation(number)) for kind, suite in suites.items())
 
 
 def measure(model: Any, tokenizer: Any, job: Job) -> list[Row]:

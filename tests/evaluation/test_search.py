@@ -16,7 +16,7 @@ from unisparse_np.evaluation.divergence import divergence
 from unisparse_np.evaluation.head_curves import FACTORS, HeadCurves, balanced_factors, measure_head_curves
 from unisparse_np.evaluation.probe import Probe, Prober
 from unisparse_np.evaluation.results import ResultsFile
-from unisparse_np.evaluation.search import LAYER_GROUPS, Search, fit_of, layer_groups
+from unisparse_np.evaluation.search import Search, fit_of, layer_groups
 from unisparse_np.evaluation.settle import settle
 from unisparse_np.evaluation.tuning_report import composites_answer, fits_table
 from unisparse_np.evaluation.windows import Windows
@@ -55,7 +55,7 @@ class MadeUpModel:
     def curves(self, config_of: Any) -> HeadCurves:
         """Each group of layers states its errors in another unit, as in a model: only the probes' losses compare groups."""
         configs = [config_of(factor) for factor in FACTORS]
-        unit = [10.0 ** (layer * LAYER_GROUPS // LAYERS) for layer in range(LAYERS)]
+        unit = [10.0**number for number, group in enumerate(layer_groups(LAYERS)) for _ in group]
         losses = np.array([self.loss(config) for config in configs])  # [factors]
         errors = np.multiply(unit, self.sensitivities)[:, None, None] * np.array(self.heads)[:, None] * losses
         return HeadCurves(errors, np.broadcast_to([self.density(config) for config in configs], errors.shape))
@@ -175,7 +175,7 @@ def test_lines_through_two_trials() -> None:
 
 
 def test_groups_of_layers() -> None:
-    assert [layer for group in layer_groups(30) for layer in group] == list(range(30)) and len(layer_groups(30)) == 6
+    assert [layer for group in layer_groups(30) for layer in group] == list(range(30)) and len(layer_groups(30)) == 10
     assert layer_groups(2) == [[0], [1]] and layer_groups(1) == [[0]]
 
 

@@ -25,7 +25,7 @@ from .probe import Probe
 Measure = Callable[[Attention], Probe]
 COMPOSITES = ((8, 8), (16, 16), (4, 4), (4, 8), (8, 4), (2, 8), (2, 4))  # (c_q, c_k)
 ANCHORS = (0, 2)
-LAYER_GROUPS = 6
+LAYER_GROUPS = 10
 MOST_TRIALS = 4  # of one kind
 _SMALLEST_KL = 1e-9  # below it a KL is rounding
 _NEAR = math.log(1.5)  # a trial this close to the bound, in log KL, is near enough to read the cost at the bound from
