@@ -131,7 +131,14 @@ TWO_SIZES = UniSparseConfig(64, 4, 2, top_p=0.5, row_threshold=0.02, top_p_compr
 
 
 @pytest.mark.parametrize(
-    "config", [UniSparseConfig(top_p=0.5), UniSparseConfig.precise(), UniSparseConfig(block_size=256, top_p=0.3), TWO_SIZES]
+    "config",
+    [
+        UniSparseConfig(top_p=0.5),
+        UniSparseConfig.precise(),
+        UniSparseConfig(block_size=256, top_p=0.3),
+        TWO_SIZES,
+        UniSparseConfig.balanced(),
+    ],
 )
 def test_chunks_give_the_same_masks_and_outputs(config, path, cupy):
     rng = np.random.default_rng(1)
