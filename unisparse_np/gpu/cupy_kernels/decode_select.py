@@ -55,10 +55,9 @@ class DecodeSelector:
         columns = problem.num_composite_kv_heads * ceil_div(heads, 8 * row_tiles)
         resident = 2 if problem.head_dim > 128 or row_tiles > 1 else 3  # thread blocks a multiprocessor
         self._score_grid = max(2, num_multiprocessors() * resident // columns), columns
-        norms = 4 * problem.kv_heads_per_composite * config.block_size
-        self._score_shared = norms + row_tiles * ceil_div(problem.head_dim, 32) * ROW_BYTES
+        self._score_shared = row_tiles * ceil_div(problem.head_dim, 32) * ROW_BYTES
         arrays = 2 if coarse_keys(config) == 1 else 3  # of a number a block
-        self._select_shared = 4 * ((32 * arrays + 1) * words_per_row(problem) + 6 * SELECT_WARPS)
+        self._select_shared = 4 * ((32 * arrays + 1) * words_per_row(problem) + 2 * SELECT_WARPS)
         self._score = kernel(FILE, "decode_scores", self._score_shared, **defines)
         self._select = kernel(FILE, "decode_select", self._select_shared, **defines)
 

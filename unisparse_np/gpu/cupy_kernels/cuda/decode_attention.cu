@@ -8,7 +8,7 @@
 //   3  no divisions before the first load; one thread's fences
 //   4  the first keys of a dense step are asked for while the launch before this one ends (pointers are not __restrict__: reads must
 //      not move up over the wait)
-//   5  the merge keeps more loads under way; the position is read before the wait
+//   5  the merge keeps more loads under way; the position is read before the wait; all warps count tiles and list blocks
 //
 // Who does what: decode_work.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
 // same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
@@ -266,9 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_TILES == 1 && HEAD_DIM
   const Part selected(tiles_of_group[share.group] - anchor_tiles, share);
   const int first_block = selected.start >> tile_bits, last_block = (selected.stop - 1) >> tile_bits;
   const int listed = words && selected.start < selected.stop ? last_block - first_block + 1 : 0;
-  if (listed && warp == 0) list_blocks(list, first_block, last_block, mask, group);
-  __syncthreads();
-  for (int i = threadIdx.x; i < listed; i += THREADS) list[i].y = (int)mask.rows_that_selected(group, list[i].x);
+  if (listed) list_blocks(list, first_block, last_block, mask, group);
   __syncthreads();
 
   const int* anchors_here = anchors + (int64_t)group.kv_head * shape.num_k_blocks * shape.key_anchors;

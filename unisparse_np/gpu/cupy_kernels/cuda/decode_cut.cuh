@@ -16,52 +16,35 @@ template <class Merge> DEVICE float over_thread_block(float x, float* room, Merg
   return x;
 }
 
-// Sums of N numbers over the thread block. room: two turns of N rows of SELECT_WARPS numbers in shared memory.
-template <int N> DEVICE void sum_over_thread_block(uint32_t (&x)[N], uint32_t* room, int& turn) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  uint32_t* here = room + (turn ^= 1) * N * SELECT_WARPS;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    x[n] = __reduce_add_sync(0xffffffffu, x[n]);
-    if (lane == 0) here[n * SELECT_WARPS + warp] = x[n];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < N; ++n) x[n] = __reduce_add_sync(0xffffffffu, lane < SELECT_WARPS ? here[n * SELECT_WARPS + lane] : 0);
-}
-
-// cut_at of select_row.cuh by the whole thread block, which looks for the threshold two bits at a time. total: the sum of the scores.
+// cut_at of select_row.cuh by the whole thread block: each warp sums the scores from a threshold of its own on, so that a pass finds four
+// bits of the right one. room: two turns of SELECT_WARPS numbers in shared memory.
 DEVICE Cut cut_of_row(double share, const uint32_t* scores, int visible, uint32_t* room) {
   if (share >= 1.0) return {0, 0xffffffffu};  // every visible block, those of score 0 too
-  int turn = 0;
-  const auto sums_from = [&](uint32_t least, uint32_t apart, uint32_t (&sums)[3]) {  // of the scores from three candidates on
-    sums[0] = sums[1] = sums[2] = 0;
-    for (int i = threadIdx.x; i < visible; i += 32 * SELECT_WARPS) {
-      const uint32_t score = scores[i];
-#pragma unroll
-      for (int n = 0; n < 3; ++n) sums[n] += score >= least + n * apart ? score : 0;
-    }
-    sum_over_thread_block(sums, room, turn);
-  };
-  uint32_t sums[3];
-  sums_from(0, 1u << 30, sums);
-  const uint32_t total = sums[0], wanted = max(1u, (uint32_t)ceil(share * (double)total));
+  constexpr int CANDIDATES = SELECT_WARPS - 1;  // t + 1, t + 2, .. units; the last warp sums all scores, in the first pass
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  WarpTeam team;
   // As in lowest_kept: t, the sum of the scores from t on, and from the smallest candidate that was too large
-  uint32_t t = 0, from_t = total, too_large = 0;
-  for (int bit = 30; bit >= 0; bit -= 2) {
-    const uint32_t unit = 1u << bit;
-    sums_from(t + unit, unit, sums);
-    const int steps = (sums[0] >= wanted) + (sums[1] >= wanted) + (sums[2] >= wanted);  // the sums only fall
-    if (steps) {
-      t += steps * unit;
-      from_t = sums[steps - 1];
+  uint32_t t = 0, from_t = 0, too_large = 0, wanted = 0;
+  for (int bit = 28, turn = 0; bit >= 0; bit -= 4, turn ^= SELECT_WARPS) {
+    const uint32_t of_warp = sum_from(scores, visible, warp < CANDIDATES ? t + ((warp + 1u) << bit) : 0, team);
+    if (lane == 0) room[turn + warp] = of_warp;
+    __syncthreads();
+    const uint32_t sum = room[turn + (lane & (SELECT_WARPS - 1))];  // they only fall from candidate to candidate
+    if (bit == 28) {
+      from_t = __shfl_sync(0xffffffffu, sum, CANDIDATES);
+      wanted = max(1u, (uint32_t)ceil(share * (double)from_t));
     }
-    if (steps < 3) too_large = sums[steps];
+    const int steps = __popc(__ballot_sync(0xffffffffu, lane < CANDIDATES && sum >= wanted));
+    if (steps) {
+      t += (uint32_t)steps << bit;
+      from_t = __shfl_sync(0xffffffffu, sum, steps - 1);
+    }
+    if (steps < CANDIDATES) too_large = __shfl_sync(0xffffffffu, sum, steps);
     if (t && from_t - too_large < 2 * t) {  // of one score alone
       t = from_t - too_large;
       break;
     }
   }
-  sums_from(t + 1, 0, sums);
-  return {t, t ? (wanted - sums[0] + t - 1) / t : 0};
+  const uint32_t above = sum_from(scores, visible, t + 1, team);
+  return {t, t ? (wanted - above + t - 1) / t : 0};
 }

@@ -5,14 +5,14 @@
 //      memory, 4 bytes for every composite key and head. decode_select: a thread block a head sums them per block, one warp selects
 //   2  the softmax of each cell of up to 16 composite keys is done where the scores are: 8 bytes a cell instead of 64; the whole
 //      thread block looks for Top-P's cut; three thread blocks a multiprocessor score
-//   3  the first closed composite keys are asked for while the launch before ends; cells are read once; Top-P's cut is found two bits
-//      at a time; all warps write the words
+//   3  the first closed composite keys are asked for while the launch before ends; cells are read once; all warps write the words
+//   4  only the newest key is pooled, not its whole block; each warp tries a threshold of its own: four bits of Top-P's cut a pass
 //
 // Where Top-P has composites of its own, of COARSE fine ones each, a coarse key's logit is the mean of its fine keys' logits: a dot
 // product is linear. Nothing more is read for them.
 //
-// The block that the new key falls into is pooled again from the cached keys by the code of compress.cu: composites and anchors are
-// the same to the bit as when the whole prompt is pooled at once. The number of keys lies in device memory.
+// The composite that the new key falls into is pooled again from the cached keys by the code of compress.cu: composites and anchors
+// are the same to the bit as when the whole prompt is pooled at once. The number of keys lies in device memory.
 #include "decode_cells.cuh"
 #include "decode_cut.cuh"
 #include "few_rows.cuh"
@@ -36,40 +36,57 @@ DEVICE int4 composite_piece(const uint16_t* queries, int64_t q_head_stride, cons
   return make_int4(pack_half(mean[0], mean[1]), pack_half(mean[2], mean[3]), pack_half(mean[4], mean[5]), pack_half(mean[6], mean[7]));
 }
 
-// Composites and anchors of key block `block`, whose last key is the newest, for composite KV head `head`. norms [members][BLOCK_SIZE].
-DEVICE void pool_open_block(Input keys, const Shape& shape, int head, int block, uint32_t* kc, int* anchors, float* norms) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, members = shape.num_kv_heads / shape.num_composite_kv_heads;
-  const int first = block * (BLOCK_SIZE / shape.k_compress), stop = ceil_div(shape.k_len, shape.k_compress);
-  for (int u = first + warp; u < stop; u += SCORE_WARPS) {
-    float mean[8];
-    pool(mean, keys, head * members, members, u * shape.k_compress, min(shape.k_len, (u + 1) * shape.k_compress), norms);
-    if (lane < LANES_PER_ROW) write_composite(mean, (int64_t)head * shape.num_k_composites + u, lane, kc, nullptr);
-  }
-  __syncthreads();
-  if (shape.key_anchors == 0) return;
-  for (int m = warp; m < members; m += SCORE_WARPS)
-    pick_anchors(norms + m * BLOCK_SIZE, block * BLOCK_SIZE, shape.k_len - block * BLOCK_SIZE, shape.key_anchors,
-                 anchors + ((int64_t)(head * members + m) * shape.num_k_blocks + block) * shape.key_anchors);
+// The squared norm of one row, as pool() has it, known to all lanes.
+DEVICE float norm_of(Input keys, int head, int position) {
+  const int column = (threadIdx.x & 31) % LANES_PER_ROW * 8;
+  int4 raw = make_int4(0, 0, 0, 0);
+  if (column < HEAD_DIM) raw = *(const int4*)(keys.data + head * keys.head_stride + position * keys.row_stride + column);
+  float row[8];
+  unpack8(row, raw);
+  return squared_norm(row);
 }
 
-// Grid: (1 + thread blocks that share the closed blocks, Hkc * row groups); thread block 0 pools the open block and scores it.
+// The newest key among the anchors of its block, which the steps before have left in ascending norm, by one warp.
+DEVICE void add_anchor(Input keys, int head, int newest, int key_anchors, int* anchors) {
+  const int lane = threadIdx.x & 31, known = min(key_anchors, newest % BLOCK_SIZE);
+  const int mine = lane < known ? anchors[lane] : -1;
+  const float norm = norm_of(keys, head, newest);
+  int place = 0;
+  for (int i = 0; i < known; ++i) place += norm_of(keys, head, __shfl_sync(0xffffffffu, mine, i)) <= norm;  // the older first on ties
+  const int before = __shfl_up_sync(0xffffffffu, mine, 1);
+  if (lane < key_anchors) anchors[lane] = lane < place ? mine : lane == place ? newest : before;
+}
+
+// The newest key's composite, and its place among the anchors of its block, for composite KV head `head`. Composites before it are there.
+DEVICE void pool_newest(Input keys, const Shape& shape, int head, uint32_t* kc, int* anchors) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, members = shape.num_kv_heads / shape.num_composite_kv_heads;
+  const int newest = shape.k_len - 1, u = newest / shape.k_compress;
+  if (warp == 0) {
+    float mean[8];
+    pool(mean, keys, head * members, members, u * shape.k_compress, shape.k_len, nullptr);
+    if (lane < LANES_PER_ROW) write_composite(mean, (int64_t)head * shape.num_k_composites + u, lane, kc, nullptr);
+  } else if (shape.key_anchors) {
+    for (int m = head * members + warp - 1; m < (head + 1) * members; m += SCORE_WARPS - 1)
+      add_anchor(keys, m, newest, shape.key_anchors, anchors + ((int64_t)m * shape.num_k_blocks + newest / BLOCK_SIZE) * shape.key_anchors);
+  }
+}
+
+// Grid: (1 + thread blocks that share the closed blocks, Hkc * row groups); thread block 0 pools the newest key and scores its block.
 // kc [Hkc, num_k_composites, d] float16, anchors [Hkv, num_k_blocks, r]: extended by the new key. cells [Hc, pitch]: the maximum of a cell's
 // logits and the sum of 2^(logit - maximum); coarse_cells: the same of coarse keys, where COARSE is not 1.
-// Shared memory: norms [members][BLOCK_SIZE], then the rows [ROW_TILES][ROWS_BYTES].
+// Shared memory: the rows [ROW_TILES][ROWS_BYTES].
 extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 || ROW_TILES > 1 ? 2 : 3) decode_scores(
     const uint16_t* queries, const uint16_t* keys, int64_t q_head_stride, int64_t k_head_stride, int64_t k_row_stride,
     const Shape given, const int* position, uint16_t* kc, int* anchors, float2* cells, float2* coarse_cells, int64_t pitch)
 {
   DYNAMIC_SHARED(shared);
-  float* norms = (float*)shared;
   let_next_launch_start();
   const Shape shape = at_position(given, *position);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int heads = shape.num_composite_heads / shape.num_composite_kv_heads, groups = ceil_div(heads, ROWS);
   const int kv_head = blockIdx.y / groups, first_row = blockIdx.y % groups * ROWS, rows = min(ROWS, heads - first_row);
   const int first_head = kv_head * heads + first_row;
-  const int members = shape.num_kv_heads / shape.num_composite_kv_heads;
-  const uint32_t q_rows = shared_address(shared) + 4 * members * BLOCK_SIZE;
+  const uint32_t q_rows = shared_address(shared);
   const int open_block = (shape.k_len - 1) / BLOCK_SIZE, per_block = BLOCK_SIZE / shape.k_compress;
   const int closed = open_block * per_block, composites = ceil_div(shape.k_len, shape.k_compress);
   const bool opens = blockIdx.x == 0;
@@ -93,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 ||
   };
   if (opens) {
     stage_queries();
-    pool_open_block({keys, k_head_stride, k_row_stride}, shape, kv_head, open_block, (uint32_t*)kc, anchors, norms);
+    pool_newest({keys, k_head_stride, k_row_stride}, shape, kv_head, (uint32_t*)kc, anchors);
     __syncthreads();
     if (first < tiles) load(first);
   } else {
@@ -151,7 +168,7 @@ DEVICE void block_shares(float* shares, float* maxima, const float2* cells, int 
 
 // Grid: Hc. cells [Hc, pitch] as decode_scores writes them, coarse_cells null where COARSE is 1 -> words [Hc, words_per_row], counts [Hc].
 // Shared memory: block shares [32 * words_per_row], the same of coarse keys where there are any, units [32 * words_per_row], ties
-// [words_per_row], then 6 * SELECT_WARPS numbers.
+// [words_per_row], then 2 * SELECT_WARPS numbers.
 extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
     const float2* cells, const float2* coarse_cells, int64_t pitch, const double* top_p, const float* row_threshold, const Shape given,
     const int* position, uint32_t* words, int* counts)
@@ -182,19 +199,16 @@ extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
     }
     __syncthreads();
   }
-  uint32_t count[1] = {0};
+  int count = 0;  // in the warps' first lanes
   for (int w = warp; w < shape.words_per_row; w += SELECT_WARPS) {
     uint32_t before = 0;
     for (int i = lane; top_p && i < w; i += 32) before += ties[i];
     before = __reduce_add_sync(0xffffffffu, before);
     const uint32_t word = row.word(w, {cut.threshold, cut.ties - min(cut.ties, before)});
-    if (lane == 0) {
-      words[(int64_t)head * shape.words_per_row + w] = word;
-      count[0] += __popc(word);
-    }
+    if (lane > 0) continue;
+    words[(int64_t)head * shape.words_per_row + w] = word;
+    count += __popc(word);
   }
-  int turn = 0;
-  __syncthreads();
-  sum_over_thread_block(count, room, turn);
-  if (threadIdx.x == 0) counts[head] = count[0];
+  const float kept = over_thread_block((float)count, (float*)room, [](float a, float b) { return a + b; });
+  if (threadIdx.x == 0) counts[head] = (int)kept;
 }

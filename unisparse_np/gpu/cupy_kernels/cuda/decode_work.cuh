@@ -51,15 +51,14 @@ struct BlockMask {  // words [mask rows, pitch], a row for heads_per_row query h
   }
 };
 
-// Counts the tiles of every group, [groups] in shared memory, by the whole thread block. fixed: tiles that a group has anyway.
+// Counts the tiles of every group, [groups] in shared memory, a warp a group. fixed: tiles that a group has anyway.
 DEVICE void count_tiles(int* tiles, int groups, int fixed, const BlockMask& mask, const Shape& shape) {
-  for (int g = threadIdx.x; g < groups; g += THREADS) tiles[g] = fixed;
-  __syncthreads();
-  if (mask.words == nullptr) return;
-  const int words_seen = ceil_div(mask.visible, 32);
-  for (int i = threadIdx.x; i < groups * words_seen; i += THREADS) {
-    const int g = i / words_seen;
-    atomicAdd(tiles + g, __popc(mask.of_group(Group(shape, g), i - g * words_seen)) * (shape.block_size / TILE));
+  const int lane = threadIdx.x & 31, words_seen = mask.words ? ceil_div(mask.visible, 32) : 0;
+  for (int g = threadIdx.x >> 5; g < groups; g += WARPS) {
+    int blocks = 0;
+    for (int w = lane; w < words_seen; w += 32) blocks += __popc(mask.of_group(Group(shape, g), w));
+    blocks = __reduce_add_sync(0xffffffffu, blocks);
+    if (lane == 0) tiles[g] = fixed + blocks * (shape.block_size / TILE);
   }
   __syncthreads();
 }
@@ -100,23 +99,24 @@ struct Part {  // [start, stop) of `count` things for this share
   DEVICE Part(uint32_t count, const Share& share) : start(count * share.index / share.count), stop(count * (share.index + 1) / share.count) {}
 };
 
-// One warp writes the selected blocks number first .. last (counted from 0) to list.
+// The selected blocks number first .. last (counted from 0), and which rows selected each, to list: a warp takes a word of the mask.
 DEVICE void list_blocks(int2* list, int first, int last, const BlockMask& mask, const Group& group) {
-  const int lane = threadIdx.x & 31;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   int before = 0;
   for (int w0 = 0; 32 * w0 < mask.visible && before <= last; w0 += 32) {
-    uint32_t bits = mask.of_group(group, w0 + lane);
-    const int here = __popc(bits);
-    int rank = here;
+    const uint32_t bits = mask.of_group(group, w0 + lane);
+    int upto = __popc(bits);
     for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, rank, step);
-      if (lane >= step) rank += other;
+      const int other = __shfl_up_sync(0xffffffffu, upto, step);
+      if (lane >= step) upto += other;
     }
-    const int sum = __shfl_sync(0xffffffffu, rank, 31);
-    rank += before - here;
-    for (; bits; bits &= bits - 1, ++rank)
-      if (rank >= first && rank <= last) list[rank - first].x = 32 * (w0 + lane) + __ffs(bits) - 1;
-    before += sum;
+    for (int i = warp; i < 32; i += WARPS) {
+      const uint32_t word = __shfl_sync(0xffffffffu, bits, i);
+      const int stop = before + __shfl_sync(0xffffffffu, upto, i), rank = stop - __popc(word >> lane);
+      const int block = 32 * (w0 + i) + lane;
+      if ((word >> lane & 1) && rank >= first && rank <= last) list[rank - first] = make_int2(block, (int)mask.rows_that_selected(group, block));
+    }
+    before += __shfl_sync(0xffffffffu, upto, 31);
   }
 }
 
