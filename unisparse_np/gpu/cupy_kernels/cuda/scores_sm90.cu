@@ -9,8 +9,8 @@
 //   3  blocks of 4 and 8 composites too: a stored sum is then a block, and a thread block merges several query blocks
 //   4  merge_scores goes on to steps 4-5 where the host asks for it (few blocks, or blocks of 4): no score reaches global memory
 //   5  sums of 32 keys where a block has as many, and only those of mean and peak that a rule reads
-//   6  score_tiles takes the longest rows of all heads first, so that the last thread blocks are short ones
-//   7  in its second look at the sums merge_scores has a thread go through the queries of a tile, instead of lanes that meet by shuffles
+//   6  in its second look at the sums merge_scores has a thread go through the queries of a tile, instead of lanes that meet by shuffles
+//   7  score_tiles takes the longest rows of all heads first, so that the last thread blocks are short ones
 //
 // For QUERIES_PER_BLOCK >= 4 and KEYS_PER_BLOCK 4 to 64; scores.cu does the rest.
 // A stored sum lies between 2^-24 and GROUP of its tile's largest term: float16 keeps 11 bits of it, and what it flushes to 0 is
