@@ -188,7 +188,7 @@ PLANTED = {
     "an old maximum": ("decode_attention.cu", "        max[n][e] = highest;\n", ""),
     "values of other keys": ("few_rows.cuh", "high_halves(r0, r1), low_halves(r2, r3)", "high_halves(r0, r1), low_halves(r3, r2)"),
     "the newest key is not pooled": ("decode_select.cu", "    pool_newest({", "    if (false) pool_newest({"),
-    "an anchor of larger norm": ("decode_select.cu", "__shfl_sync(0xffffffffu, mine, i)) <= norm", "__shfl_sync(0xffffffffu, mine, i)) >= norm"),
+    "an anchor of larger norm": ("decode_select.cu", "mine, i)) <= norm", "mine, i)) >= norm"),
     "the open block is not scored": ("decode_select.cu", "stop = opens ? composites : closed", "stop = opens ? closed : closed"),
     "a cell of other composites": (
         "decode_cells.cuh", "float sum = exp2_fast(logits[2 * k + e] - base)", "float sum = exp2_fast(logits[e] - base)",
