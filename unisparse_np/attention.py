@@ -66,7 +66,7 @@ def unisparse_attention(
     if key_summary is not None:
         _check_key_summary(key_summary, problem)
     engine = load_backend(_backend_of(q) if backend == "auto" else backend)
-    q_in, k_in, v_in = (engine.from_any(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    q_in, k_in, v_in = engine.from_any("q", q), engine.from_any("k", k), engine.from_any("v", v)
     for item in zip(q_in, k_in, v_in, strict=True) if batched else [(q_in, k_in, v_in)]:
         engine.check_finite(*item, problem)
     trace: Any
@@ -179,8 +179,8 @@ def _check_config(config: object) -> None:
 
 def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q_offset: int | None, scale: float | None) -> Problem:
     """The Problem that the shapes of q, k, v make. Raises InvalidInput when they do not fit together."""
-    kinds = tuple((type(x), x.dtype) for x in (q, k, v))
-    shapes = tuple(x.shape for x in (q, k, v))
+    kinds = (type(q), q.dtype), (type(k), k.dtype), (type(v), v.dtype)
+    shapes = q.shape, k.shape, v.shape
     return _fitting_problem(kinds, shapes, config, causal, q_offset, None if scale is None else float(scale))
 
 
