@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,10 +116,11 @@ def needles(backend: str, length: int, count: int, presets: list[str]) -> dict[s
         for way in ways(presets):
             scores[way].append(score(model, tokenizer, example, way))
         print(number, task, *(f"{way.prefill}/{way.decode} {sum(found):g}" for way, found in scores.items()), flush=True)
-    rows = []
+    rows, dense = [], sum(scores[Way("dense", "dense")])
     for way, found in scores.items():
         estimate = share_estimate(found)
-        rows.append({**way._asdict(), "questions": len(found), "accuracy": estimate.value, "interval": [estimate.low, estimate.high]})
+        row = {**way._asdict(), "questions": len(found), "accuracy": estimate.value, "interval": [estimate.low, estimate.high]}
+        rows.append(row | {"share_of_dense": sum(found) / dense})
     return {"model": "examples/needle-llama", "length": length, "seed": QUESTION_SEED, "rows": rows}
 
 
@@ -138,9 +140,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a window, the steps' among them, and of a question")
     parser.add_argument("--windows", type=int, default=6, help="of each kind of text")
     parser.add_argument("--questions", type=int, default=52, help="spread over the tasks")
-    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=[name for name in PRESETS if name != "paper"])
     options = parser.parse_args()
-    result: dict[str, Any] = {"stamp": stamp_of_backend(options.backend)}
+    result: dict[str, Any] = {
+        "stamp": stamp_of_backend(options.backend),
+        "configs": {name: asdict(ATTENTIONS[name]) for name in options.presets},
+    }
     for name, measure, count in (("text", text, options.windows), ("needles", needles, options.questions)):
         if count:
             result[name] = measure(options.backend, options.length, count, options.presets)

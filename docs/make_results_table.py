@@ -179,6 +179,36 @@ TABLES: list[tuple[str, Table]] = [
     ),
     ("smollm2_quality_8192", Table("The same at 8,192 tokens", QUALITY_COLUMNS, preset_rows)),
     (
+        "decode_quality",
+        Table(
+            "And sparse steps, `--decode-attention unisparse`? SmolLM2-135M-Instruct, the last 128 of 8,192 tokens, beside dense "
+            "steps after a dense prompt",
+            {
+                "prompt": lambda row: row["prefill"],
+                "steps": lambda row: row["decode"],
+                "KL from dense, per token [95%]": lambda row: f"{row['kl']:.4f} [{row['kl_interval'][0]:.4f}, {row['kl_interval'][1]:.4f}]",
+                "same likeliest token": lambda row: f"{row['top1']:.3f}",
+                "rise of the loss, nats": lambda row: f"{row['nll_rise']:+.4f}",
+                "density of the steps": lambda row: f"{row['density']:.3f}",
+            },
+            lambda result: result["text"]["rows"][1:],
+        ),
+    ),
+    (
+        "decode_quality",
+        Table(
+            "And needles, answered with sparse steps? needle-llama's own tasks at 8,192 tokens",
+            {
+                "prompt": lambda row: row["prefill"],
+                "steps": lambda row: row["decode"],
+                "questions": lambda row: str(row["questions"]),
+                "accuracy [95%]": lambda row: f"{row['accuracy']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
+                "share of dense": lambda row: f"{row['share_of_dense']:.3f}",
+            },
+            lambda result: result["needles"]["rows"],
+        ),
+    ),
+    (
         "smollm2_prefill",
         Table(
             "How long does a prompt take on a CPU? SmolLM2-135M-Instruct in float32, beside transformers (SDPA) on as many threads",
@@ -249,6 +279,7 @@ TABLES: list[tuple[str, Table]] = [
                 "tokens": lambda row: f"{row['tokens']:,}",
                 "engine": lambda row: row["kernel"],
                 "density": density_of,
+                "blocks read": number("density_read", ".2f"),
                 "seconds": lambda row: f"{row['seconds']:.4f}" if "seconds" in row else "out of memory",
                 "x transformers, cuDNN": number("times_faster_than_cudnn", ".2f"),
                 "x our dense": number("times_faster_than_our_dense", ".2f"),
