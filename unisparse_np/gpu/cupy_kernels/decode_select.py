@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -10,8 +9,8 @@ import numpy as np
 
 from ...config import UniSparseConfig
 from ...problem import KeySummary, Problem, ceil_div
-from .device import kernel, num_multiprocessors, source
-from .overlap import OverlappingLauncher, address
+from .device import kernel, num_multiprocessors
+from .overlap import address, launcher_of
 from .select import BlockMask, per_head
 from .shapes import element_strides, shape_of, words_per_row
 
@@ -85,17 +84,4 @@ def launch(
     function: Any, file: str, name: str, grid: tuple[int, int], threads: int, shared: int, arguments: tuple[Any, ...], overlap: bool
 ) -> None:
     """One launch of a kernel of `file`, which with `overlap` may begin while the launch before it ends (overlap.py)."""
-    if overlap:
-        _overlapping(function, file, name, threads, shared)(*grid, *map(_as_launcher_takes_it, arguments))
-    else:
-        function(grid, (threads,), arguments, shared_mem=shared)
-
-
-@lru_cache(maxsize=256)
-def _overlapping(function: Any, file: str, name: str, threads: int, shared: int) -> OverlappingLauncher:
-    return OverlappingLauncher(function, source(file), name, threads, shared)
-
-
-def _as_launcher_takes_it(x: Any) -> Any:
-    """Arrays by their address, the kernels' struct as bytes, numbers as they are."""
-    return x.tobytes() if isinstance(x, np.ndarray) and x.dtype.type is np.void else address(x)
+    launcher_of(function, file, name, threads, shared, overlap)(*grid, *map(address, arguments))

@@ -6,11 +6,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cupy
-import numpy as np
 
 from ...problem import ceil_div
-from .device import kernel, num_multiprocessors, source
-from .overlap import OverlappingLauncher, address, argument
+from .device import kernel, num_multiprocessors
+from .overlap import address, launcher_of
 
 MOST_THREADS = 256
 REGISTERS_FOR_ROWS = 112  # of a thread's 128, beyond which the compiler spills
@@ -67,12 +66,8 @@ def _launch(name: str, weight: Any, group: int, arguments: tuple[Any, ...], over
     """group: rows of the weight that make one output."""
     outputs = len(weight) // group
     plan = _plan(name, weight.dtype.name, outputs, weight.shape[1], group, cupy.cuda.runtime.getDevice())
-    if overlap:
-        launcher = _overlapping(plan, name)
-        launcher(plan.grid, 1, *map(address, arguments), outputs)
-    else:
-        given = (*map(argument, arguments), np.int32(outputs))
-        plan.kernel((plan.grid,), (plan.threads,), given, shared_mem=plan.shared_bytes)
+    launcher = launcher_of(plan.kernel, "gemv.cu", name, plan.threads, plan.shared_bytes, overlap)
+    launcher(plan.grid, 1, *map(address, arguments), outputs)
 
 
 class Plan(NamedTuple):
@@ -94,11 +89,6 @@ def _plan(name: str, dtype: str, outputs: int, width: int, group: int, device: i
     shared = shared_bytes(ceil_div(outputs, grid), at_once, threads, group)
     defines = {"IS_FLOAT16": int(dtype == "float16"), "IS_FLOAT32": int(dtype == "float32")}
     return Plan(kernel("gemv.cu", name, shared, **defines, WIDTH=width, THREADS=threads), grid, threads, shared)
-
-
-@lru_cache(maxsize=1024)
-def _overlapping(plan: Plan, name: str) -> OverlappingLauncher:
-    return OverlappingLauncher(plan.kernel, source("gemv.cu"), name, plan.threads, plan.shared_bytes)
 
 
 def outputs_at_once(width: int, threads: int, group: int) -> int:

@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 
 from ...errors import BackendUnavailable
-from .device import capability, driver
+from .device import capability, driver, source
 from .launch import Launcher
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
@@ -50,13 +50,16 @@ class OverlappingLauncher(Launcher):
 
 
 def address(x: Any) -> Any:
-    """A kernel argument as a Launcher takes it: an array's address, 0 for None, numbers as they are."""
-    return 0 if x is None else x.data.ptr if isinstance(x, cupy.ndarray) else x
+    """A kernel argument as a Launcher takes it: an array's address, 0 for None, a struct's bytes, numbers as they are."""
+    if isinstance(x, cupy.ndarray):
+        return x.data.ptr
+    return 0 if x is None else x.tobytes() if isinstance(x, np.ndarray) else x
 
 
-def argument(x: Any) -> Any:
-    """The same as a RawKernel takes it."""
-    return np.uint64(0) if x is None else np.float32(x) if isinstance(x, float) else np.int32(x) if isinstance(x, int) else x
+@lru_cache(maxsize=1024)
+def launcher_of(kernel: Any, file: str, name: str, threads: int, shared_bytes: int, overlap: bool) -> Launcher:
+    """The Launcher of a kernel of `file`, made once; with `overlap` its launches may begin while the one before them ends."""
+    return (OverlappingLauncher if overlap else Launcher)(kernel, source(file), name, threads, shared_bytes)
 
 
 def overlap_is_possible() -> bool:
