@@ -239,9 +239,13 @@ def test_a_planted_bug_is_caught(name, tmp_path):
 
 
 PLANTED_IN_PORTABLE = {
-    "an output that an old maximum scaled": ("    if (early_moved) softmax.rescale(o);\n", ""),
-    "the second half hides what the first does": ("tile < 0 ? tile - HALF : tile + HALF", "tile"),
-    "a maximum that hidden keys have": ("    if (partly) hide(early, tile, item, words, anchors, shape);\n", ""),
+    "an output that an old maximum scaled": ("          o[m][i][2 * r] *= scale[m][r];\n", ""),
+    "a sum that an old maximum scaled": ("        sum[m][r] *= scale[m][r];\n", ""),
+    "keys of the future are seen": (
+        "tile + BN - 1 > last_visible_key(shape, item.first_row)",
+        "tile > last_visible_key(shape, item.first_row)",
+    ),
+    "weights against the maximum of another row": ("-from[m][i % 2])), b =", "-from[m][0])), b ="),
 }
 
 

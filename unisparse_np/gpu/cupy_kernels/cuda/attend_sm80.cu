@@ -9,8 +9,8 @@
 //   5  what the item visits is listed once, by one warp, in shared memory; one stage of K and of V: the values come in under QK, the
 //      next keys under the softmax and PV, and 70 KB a thread block (head_dim 128) leave room for two on an A100 too
 //   6  addresses are worked out anew from the thread's index at each use: registers are for the accumulators
-//   7  a tile in two halves: the weights of the first come from its scores while the tensor cores score the second, and the weights of
-//      the second while they add the values of the first. The output is scaled only where a row of the warp has a new maximum.
+//   7  the rows' maxima are found under the last products of QK, the weights of the next 16 keys under the products with the values of
+//      these; sums and output are scaled only where a row of the warp has a new maximum; what an item is about waits in shared memory
 //
 // Shared memory: Q [BM][PITCH], K [BN][PITCH], V [BN][PITCH], Item, the list (see attend_sm80_visits.cuh); PITCH = HEAD_DIM + 8 elements,
 // so that the eight rows of an ldmatrix fall into different banks.
@@ -18,60 +18,65 @@
 #include "attend_sm80_visits.cuh"
 
 #define ROW_TILES (BM / WARPS / 16)  // m16 tiles a warp
-#define HALF (BN / 2)                // keys that are scored, weighed and added together
 #define Q_BYTES (BM * ROW_BYTES)
 #define TILE_BYTES (BN * ROW_BYTES)
 #define ITEM_AT (Q_BYTES + 2 * TILE_BYTES)
+#define EARLY_MAXIMA (HEAD_DIM > 64)  // the rows' maxima are found under the last products of QK, where registers allow
+#define LEAST_THREAD_BLOCKS (HEAD_DIM == 64 ? (BM == 64 ? 5 : 3) : HEAD_DIM <= 128 && BM == 64 ? 3 : 1)  // a multiprocessor, by registers
 
 // In tensor-core layout; thread t holds row t % 32 / 4 of each m16 tile of its warp, and the row 8 below it.
-typedef float Scores[ROW_TILES][HALF / 2];
-typedef uint32_t Weights[ROW_TILES][HALF / 16][4];
+typedef float Scores[ROW_TILES][BN / 2];
 typedef float Output[ROW_TILES][HEAD_DIM / 8][4];
+typedef float PerRow[ROW_TILES][2];
 
-// s [the warp's rows, HALF keys] = Q K^T. Addresses of what this lane reads by ldmatrix.
-DEVICE void score(Scores& s, uint32_t q_at, uint32_t k_at) {
+// s [the warp's rows, BN keys] += Q K^T over 16 of the head's dimensions. Addresses of what this lane reads by ldmatrix.
+DEVICE void score_step(Scores& s, uint32_t q_at, uint32_t k_at) {
+  uint32_t a[ROW_TILES][4];
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; ++m)
+  for (int m = 0; m < ROW_TILES; ++m) load_matrix(a[m], q_at + 16 * m * ROW_BYTES);
 #pragma unroll
-    for (int j = 0; j < HALF / 2; ++j) s[m][j] = 0.f;
+  for (int n = 0; n < BN / 16; ++n) {
+    uint32_t b[4];
+    load_matrix(b, k_at + n * 16 * ROW_BYTES);
 #pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step) {
-    uint32_t a[ROW_TILES][4];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) load_matrix(a[m], q_at + 16 * m * ROW_BYTES + step * 32);
-#pragma unroll
-    for (int n = 0; n < HALF / 16; ++n) {
-      uint32_t b[4];
-      load_matrix(b, k_at + n * 16 * ROW_BYTES + step * 32);
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
-        mma(s[m] + 8 * n, a[m], b[0], b[1]);
-        mma(s[m] + 8 * n + 4, a[m], b[2], b[3]);
-      }
+    for (int m = 0; m < ROW_TILES; ++m) {
+      mma(s[m] + 8 * n, a[m], b[0], b[1]);
+      mma(s[m] + 8 * n + 4, a[m], b[2], b[3]);
     }
   }
 }
 
-// o += the weights times the values of HALF keys.
-DEVICE void add_values(Output& o, const Weights& p, uint32_t v_at) {
+// o += the weights times the values of 16 keys.
+DEVICE void add_values(Output& o, const uint32_t (&p)[ROW_TILES][4], uint32_t v_at) {
 #pragma unroll
-  for (int step = 0; step < HALF / 16; ++step) {
+  for (int n = 0; n < HEAD_DIM / 16; ++n) {
+    uint32_t b[4];
+    load_matrix_transposed(b, v_at + n * 32);
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 16; ++n) {
-      uint32_t b[4];
-      load_matrix_transposed(b, v_at + step * 16 * ROW_BYTES + n * 32);
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
-        mma(o[m][2 * n], p[m][step], b[0], b[1]);
-        mma(o[m][2 * n + 1], p[m][step], b[2], b[3]);
-      }
+    for (int m = 0; m < ROW_TILES; ++m) {
+      mma(o[m][2 * n], p[m], b[0], b[1]);
+      mma(o[m][2 * n + 1], p[m], b[2], b[3]);
     }
   }
 }
 
-// The online softmax of a thread's rows, in powers of two: [m][0] the row in the upper half of an m16 tile, [m][1] the row in the lower.
+// The largest score of each row.
+DEVICE void find_largest(PerRow& top, const Scores& s) {
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float x = fmaxf(s[m][2 * r], s[m][2 * r + 1]);
+#pragma unroll
+      for (int j = 1; j < BN / 8; ++j) x = fmaxf(x, fmaxf(s[m][4 * j + 2 * r], s[m][4 * j + 2 * r + 1]));
+      top[m][r] = quad_max(x);
+    }
+  }
+}
+
+// The online softmax of a thread's rows, in powers of two: `largest` is scale_log2 times the largest score so far.
 struct Softmax {
-  float largest[ROW_TILES][2], sum[ROW_TILES][2], scale[ROW_TILES][2];
+  PerRow largest, sum;
 
   DEVICE void begin() {
 #pragma unroll
@@ -80,55 +85,65 @@ struct Softmax {
       sum[m][0] = sum[m][1] = 0.f;
     }
   }
-  // Weights of HALF more keys from their scores; c: scale_log2. Returns whether `scale`, what the output so far is to be scaled by, is
-  // anything but 1 in a row of the warp.
-  DEVICE bool weigh(Weights& p, const Scores& s, float c) {
+  // Takes the largest scores of a tile into account; from: what its weights are to be taken against.
+  DEVICE void raise_maxima(PerRow& from, const PerRow& top, float c, Output& o) {
+    PerRow scale;
     bool moved = false;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float x = fmaxf(s[m][2 * r], s[m][2 * r + 1]);
-#pragma unroll
-        for (int j = 1; j < HALF / 8; ++j) x = fmaxf(x, fmaxf(s[m][4 * j + 2 * r], s[m][4 * j + 2 * r + 1]));
-        x = quad_max(x) * c;
+        const float x = top[m][r] * c;
         moved |= x > largest[m][r];
-        x = fmaxf(x, largest[m][r]);
-        const float from = x == -INFINITY_F ? 0.f : x;  // rows that saw nothing yet
-        scale[m][r] = exp2_fast(largest[m][r] - from);
-        largest[m][r] = x;
+        const float now = fmaxf(x, largest[m][r]);
+        from[m][r] = now == -INFINITY_F ? 0.f : now;  // rows that saw nothing yet
+        scale[m][r] = exp2_fast(largest[m][r] - from[m][r]);
+        largest[m][r] = now;
+      }
+    }
+    if (!__any_sync(0xffffffffu, moved)) return;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
         sum[m][r] *= scale[m][r];
 #pragma unroll
-        for (int j = 0; j < HALF / 8; ++j) {
-          const float a = exp2_fast(fmaf(s[m][4 * j + 2 * r], c, -from)), b = exp2_fast(fmaf(s[m][4 * j + 2 * r + 1], c, -from));
-          sum[m][r] += a + b;
-          p[m][j / 2][2 * (j % 2) + r] = pack(a, b);
+        for (int i = 0; i < HEAD_DIM / 8; ++i) {
+          o[m][i][2 * r] *= scale[m][r];
+          o[m][i][2 * r + 1] *= scale[m][r];
         }
       }
     }
-    return __any_sync(0xffffffffu, moved);
   }
-  DEVICE void rescale(Output& o) const {
+  // Weights of 16 keys from their scores.
+  DEVICE void weigh(uint32_t (&p)[ROW_TILES][4], const Scores& s, int step, const PerRow& from, float c) {
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
+    for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 8; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[m][i][e] *= scale[m][e / 2];
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = s[m] + 8 * step + 2 * i;
+        const float a = exp2_fast(fmaf(pair[0], c, -from[m][i % 2])), b = exp2_fast(fmaf(pair[1], c, -from[m][i % 2]));
+        sum[m][i % 2] += a + b;
+        p[m][i] = pack(a, b);
+      }
+    }
   }
 };
 
-// Hides what a row may not see of HALF keys or anchors from `tile` on.
+// Hides what a row may not see of a tile.
 DEVICE void hide(Scores& s, int tile, const volatile Item& item, const uint32_t* words, const int* anchors, const Shape& shape) {
   const int t = thread_again(), first_row = item.first_row, visible = item.visible, tile_last = last_visible_key(shape, first_row);
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
     const int row = first_row + (t >> 5) * (16 * ROW_TILES) + 16 * m + ((t & 31) >> 2);
-    const Mask<HALF> mask = {anchors, item.kv_head, visible, last_visible_key(shape, row), last_visible_key(shape, row + 8), tile_last, (t & 3) * 2};
+    const Mask<BN> mask = {anchors, item.kv_head, visible, last_visible_key(shape, row), last_visible_key(shape, row + 8), tile_last, (t & 3) * 2};
     if (tile >= 0) {
       mask.hide_keys(s[m], tile);
     } else {
-      const uint32_t unselected[1] = {unselected_word(words, shape, item.head, item.q_block, ~tile % shape.anchor_pitch / 32, visible)};
+      uint32_t unselected[BN / 32];
+      const int word = ~tile % shape.anchor_pitch / 32;
+#pragma unroll
+      for (int w = 0; w < BN / 32; ++w) unselected[w] = unselected_word(words, shape, item.head, item.q_block, word + w, visible);
       mask.hide_anchors(s[m], ~tile, unselected, shape);
     }
   }
@@ -136,7 +151,7 @@ DEVICE void hide(Scores& s, int tile, const volatile Item& item, const uint32_t*
 
 // One thread block an item. Strides in elements, last axis contiguous; compact anchors [Hkv, r * anchor_pitch, d].
 // The other arguments are those of attend_sm90.
-extern "C" __global__ void __launch_bounds__(THREADS) attend_sm80(
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_THREAD_BLOCKS) attend_sm80(
     const uint16_t* __restrict__ queries, const uint16_t* __restrict__ keys, const uint16_t* __restrict__ values, uint32_t* __restrict__ output,
     const uint16_t* __restrict__ anchor_keys, const uint16_t* __restrict__ anchor_values, int64_t q_head_stride, int64_t q_row_stride,
     int64_t k_head_stride, int64_t k_row_stride, int64_t v_head_stride, int64_t v_row_stride, const Shape shape,
@@ -197,29 +212,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_sm80(
     __syncthreads();  // these keys are there, and nobody reads the values before any more
     load_tile(v_tile, item.values, v_row_stride, item.anchor_values, tile);
 
-    Scores early, late;
-    Weights p, q;
+    Scores s;
     const int thread = thread_again(), lane = thread & 31;  // ldmatrix reads four 8 x 8 matrices; lane / 8 is the one this lane addresses
     const uint32_t q_at = q_tile + ((thread >> 5) * (16 * ROW_TILES) + (lane & 15)) * ROW_BYTES + (lane >> 4) * 16;
     const uint32_t k_at = k_tile + ((lane >> 4) * 8 + (lane & 7)) * ROW_BYTES + (lane >> 3 & 1) * 16;
-    const bool partly = tile < 0 || tile + BN - 1 > last_visible_key(shape, item.first_row);
-    score(early, q_at, k_at);
-    if (partly) hide(early, tile, item, words, anchors, shape);
-    score(late, q_at, k_at + HALF * ROW_BYTES);
-    const bool early_moved = softmax.weigh(p, early, c);
-    if (partly) hide(late, tile < 0 ? tile - HALF : tile + HALF, item, words, anchors, shape);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int j = 0; j < BN / 2; ++j) s[m][j] = 0.f;
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) score_step(s, q_at + step * 32, k_at + step * 32);
+    PerRow top, from;
+    if (EARLY_MAXIMA) find_largest(top, s);
+    if (tile < 0 || tile + BN - 1 > last_visible_key(shape, item.first_row)) {
+      hide(s, tile, item, words, anchors, shape);
+      if (EARLY_MAXIMA) find_largest(top, s);
+    }
     walk.go_on(item, shape);
     tile = walk.tile(item, list, shape);
     copy_wait<0>();
     __syncthreads();  // the values are there, and nobody reads these keys any more
     if (tile != NO_TILE) load_tile(k_tile, item.keys, k_row_stride, item.anchor_keys, tile);
 
+    if (!EARLY_MAXIMA) find_largest(top, s);
+    softmax.raise_maxima(from, top, c, o);
     const int again = thread_again() & 31;
     const uint32_t v_at = v_tile + (again & 15) * ROW_BYTES + (again >> 4) * 16;
-    if (early_moved) softmax.rescale(o);
-    add_values(o, p, v_at);
-    if (softmax.weigh(q, late, c)) softmax.rescale(o);
-    add_values(o, q, v_at + HALF * ROW_BYTES);
+#pragma unroll
+    for (int step = 0; step < BN / 16; ++step) {
+      uint32_t p[ROW_TILES][4];
+      softmax.weigh(p, s, step, from, c);
+      add_values(o, p, v_at + step * 16 * ROW_BYTES);
+    }
   }
 
   const int thread = thread_again(), lane = thread & 31, head = item.head;
