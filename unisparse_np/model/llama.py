@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -13,13 +11,14 @@ import numpy as np
 
 from ..attention import AttentionConfig
 from ..config import UniSparseConfig
-from ..errors import BackendUnavailable, InvalidInput
+from ..errors import InvalidInput
 from ..parallel import ONE_PROCESS, Ranks
 from ..problem import ceil_div
 from .config import ModelConfig
 from .forward import ForwardPass, Observer
 from .kv_cache import KVCache, densities
 from .memory_plan import MemoryPlan, whole_blocks
+from .out_of_memory import giving_memory_back
 from .sharding import Shard, check_split, local_attention, local_config
 from .weights import Weights
 
@@ -132,7 +131,7 @@ class Llama:
         self._begin(cache, len(token_ids))
         last: Any = None  # hidden state of the last position
         for start, stop in self._chunks(len(token_ids), cache, configs, chunk_size):
-            with self._giving_memory_back(stop - start):
+            with giving_memory_back(self._layers, stop - start):
                 last = self.forward.last_hidden(ids[start:stop], cache, configs, count=True, observer=observer)
             if progress is not None:
                 progress(stop, len(token_ids), sum(cache.densities()) / len(configs))
@@ -147,7 +146,7 @@ class Llama:
         configs = self._attention_per_layer(attention)
         self._checked_tokens([token_id])
         self._begin(cache, 1)
-        with self._giving_memory_back(1):
+        with giving_memory_back(self._layers, 1):
             decoder = self._decoder(cache, configs)
             if decoder is None:
                 return self.forward.head(self.forward.hidden([token_id], cache, configs, count=False))[0]
@@ -210,7 +209,7 @@ class Llama:
         chunks = self._chunks(len(token_ids), cache, configs, chunk_size, all_logits=True)
 
         def logits_of(start: int, stop: int) -> Any:
-            with self._giving_memory_back(stop - start):
+            with giving_memory_back(self._layers, stop - start):
                 hidden = self.forward.hidden(ids[start:stop], cache, configs, count=True, observer=observer)
                 return self.forward.head(hidden)
 
@@ -302,21 +301,3 @@ class Llama:
     def _to_host(self, logits: Any) -> np.ndarray:
         host: np.ndarray = self._layers.to_host(logits)
         return host
-
-    @contextmanager
-    def _giving_memory_back(self, tokens: int) -> Iterator[None]:
-        """Running out of memory inside ends with one sentence, and with what the call held given back to the device."""
-        try:
-            yield
-        except (MemoryError, BackendUnavailable) as error:
-            cause = error if isinstance(error, MemoryError) else error.__cause__  # a backend may have put it into its own words
-            if not isinstance(cause, MemoryError):
-                raise
-            for one in (error, cause):
-                traceback.clear_frames(one.__traceback__)  # their variables hold the arrays
-            if self._layers.memory is not None:
-                self._layers.memory.release()
-            raise InvalidInput(
-                f"memory ran out while {tokens} tokens were read at once ({' '.join(str(cause).split())}): give a smaller --chunk-size "
-                "or a shorter text, or end what else uses the memory"
-            ) from None
