@@ -179,7 +179,7 @@ def profile_row(model: Any, tokens: int, density: float) -> dict[str, Any]:
     from unisparse_np.gpu.cupy_kernels import layers, run
 
     config, attention = model.config, UniSparseConfig()
-    between = ("embedding", "rms_norm", "rotary_table", "rotate_heads", "swiglu")
+    between = ("embedding", "rms_norm", "rotary_table", "rotate_heads", "swiglu", "merge_heads")
     functions = {
         "products": [(layers, "linear"), (layers, "add_linear"), (layers, "head")],
         "attention": [(run, "attend")],
