@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import pydoc_data.topics
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +34,7 @@ def stamp(*more_libraries: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "python": platform.python_version(),
         "cpu": facts["cpu"],
         "blas": facts["blas"],

@@ -112,8 +112,17 @@ def section(result: dict[str, Any], prototype: dict[str, dict[str, Row]]) -> str
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(write(row) for write in columns.values()) + " |" for row in rows]
     where = device_of(stamp) or f"{stamp['cpu']['name']}, {stamp['cpu']['cores']} cores"
-    text = f"\n## {title}\n\n" + "\n".join(lines) + f"\n\nMeasured {stamp['date']} on {where}, by `{stamp['command']}`.\n"
+    command = stamp["command"].partition(" --rules ")
+    text = f"\n## {title}\n\n" + "\n".join(lines)
+    text += f"\n\n{agreement(rows, columns)}Measured {stamp['date']} on {where}, by `{command[0]}{command[1] and ' --rules …'}`.\n"
     return text + (solved_tasks(result) if result["kind"] == "needles" else "")
+
+
+def agreement(rows: list[Row], columns: Columns) -> str:
+    """In how many rows the prototype's figure lies inside the interval."""
+    figures = [columns["prototype"](row) for row in rows if row["prototype"]]
+    outside = sum(figure.startswith("**") for figure in figures)
+    return f"The prototype's figure lies inside the interval in {len(figures) - outside} of {len(figures)} rows. " if figures else ""
 
 
 def solved_tasks(result: dict[str, Any]) -> str:
