@@ -1,5 +1,6 @@
 """What the quality benchmarks measure by, against the same figures from whole logits; and every picture from rows alone."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -57,3 +58,43 @@ def test_questions_are_the_same_every_time() -> None:
     first, second = ([(task, [int(t) for t in example[0]]) for task, example in losses.questions(512, 3)] for _ in range(2))
     assert first == second and [task for task, _ in first] == losses.needle_tasks().TASKS[:3]
     assert all(len(token_ids) <= 512 for _, token_ids in first)
+
+
+def test_rules_are_summed_up_beside_dense() -> None:
+    rules = import_module("selection_rules")
+    scores = {"dense": [1.0, 0.5, 0.0, 0.5], "S 64": [0.5, 0.5, 0.0, 0.0], "c 4": [1.0]}  # two questions of each of two tasks
+    records = [
+        {"item": f"{'solved' if n < 2 else 'hard'} {n}", "rule": rule, "score": score, "density": 0.25}
+        for rule, of_rule in scores.items()
+        for n, score in enumerate(of_rule)
+    ]
+    result = rules.summary(rules.suite_of("needles:1024"), "reference", records, {"date": "today"})
+    row = next(row for row in result["rows"] if row["rule"] == "S 64")
+    assert row["share_of_dense"] == 0.5 and row["worse_than_dense"] == 2 and row["items"] == 4
+    assert result["dense_by_task"] == {"hard": 0.25, "solved": 0.75} and row["solved_tasks"] == 0
+    records += [{"item": f"solved {n}", "rule": rule, "score": 1.0, "density": 0.25} for n in (4, 5) for rule in ("dense", "S 64")]
+    row = next(row for row in rules.summary(rules.suite_of("needles:1024"), "reference", records, {})["rows"] if row["rule"] == "S 64")
+    assert row["solved_tasks"] == 1 and row["share_on_solved_tasks"] == pytest.approx(3 / 3.5)
+
+    quotes = {"dense": [1.0, 2.0], "S 64": [1.5, 2.5]}
+    records = [
+        {"item": f"prose 0 {n}", "rule": rule, "nll": nll, "exact": 0.0, "right_in_a_row": 1.0, "density": 0.2}
+        for rule, of_rule in quotes.items()
+        for n, nll in enumerate(of_rule)
+    ]
+    (row,) = rules.summary(rules.suite_of("copy:1024"), "reference", records, {})["rows"]
+    assert row["nll_over_dense"] == 0.5 and row["nll_interval"] == (0.5, 0.5) and row["nll_dense"] == 1.5
+    for wrong in ("text", "text:1000", "poems:1024", "copy:many"):
+        with pytest.raises(argparse.ArgumentTypeError, match=wrong):
+            rules.suite_of(wrong)
+
+
+def test_only_what_is_missing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = import_module("selection_rules")
+    suite = rules.suite_of("needles:1024")
+    options = argparse.Namespace(rules=["S 64", "c 4", "c 16", "c 32"], questions=2)
+    monkeypatch.setattr(rules, "questions", lambda length, count: [("vt", ("a",)), ("cwe", ("b",))])
+    known = [{"item": "vt 0", "rule": rule} for rule in ("dense", "c 4")]
+    assert [(job.item, job.rules) for job in rules.missing(suite, options, known)] == [
+        ("vt 0", ["S 64", "c 16", "c 32"]), ("cwe 1", ["dense", "S 64", "c 4"]), ("cwe 1", ["c 16", "c 32"]),
+    ]  # fmt: skip
