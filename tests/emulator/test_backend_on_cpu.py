@@ -246,16 +246,25 @@ PLANTED_IN_PORTABLE = {
         "tile > last_visible_key(shape, item.first_row)",
     ),
     "weights against the maximum of another row": ("-from[m][i % 2])), b =", "-from[m][0])), b ="),
+    "values are not waited for": ("    copy_wait<0>();\n    __syncthreads();  // the values", "    __syncthreads();  // the values"),
 }
+PORTABLE_CHECKS = """
+from tests.emulator import test_backend_on_cpu as tests
+repair = cupy_on_cpu.Kernel.folder / "repair.cu"  # it mends rows with NaN, which is what memory holds until a copy arrives
+repair.write_text(repair.read_text().replace("rows = 16 * broken[0];", "rows = 0;"))
+for seed in range(3):
+    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.HALF_BLOCKS_256):
+        tests.check(problem, "80", seed=seed)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED_IN_PORTABLE)
 def test_a_bug_planted_in_the_portable_kernel_is_caught(name, tmp_path):
-    checks = (
-        "from tests.emulator import test_backend_on_cpu as tests\n"
-        "for seed in range(3):\n"
-        "    for problem in (tests.CAUSAL_64, tests.NOT_CAUSAL_128, tests.HALF_BLOCKS_256):\n"
-        "        tests.check(problem, '80', seed=seed)\n"
-    )
-    assert_caught(("attend_sm80.cu", *PLANTED_IN_PORTABLE[name]), checks, tmp_path)
+    assert_caught(("attend_sm80.cu", *PLANTED_IN_PORTABLE[name]), PORTABLE_CHECKS, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_portable_kernel_without_a_bug_needs_no_repair(tmp_path):
+    with pytest.raises(AssertionError, match="the bug went unseen"):
+        assert_caught(("attend_sm80.cu", "// Step 6 on sm_80", "// Step 6, on sm_80"), PORTABLE_CHECKS, tmp_path)
