@@ -52,8 +52,11 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     for name, x, y in zip(panel.names, *next(iter(panel.lines.values())), strict=False):
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.margins(x=0.12)  # room for the names
     if "x" in panel.log:
         axes.set_xscale("log")
+    elif panel.names:  # a cost: from nothing
+        axes.set_xlim(left=0)
     if "y" in panel.log:
         axes.set_yscale("log")
     elif all(value >= 0 for _, y in panel.lines.values() for value in y):

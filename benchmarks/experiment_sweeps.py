@@ -136,14 +136,14 @@ def selection_ms(config: UniSparseConfig, length: int, model: Any) -> float:
 def sweep_panels(setting: str, rows: list[Row]) -> list[Panel]:
     """Loss on text and accuracy on needles, each against density; every point carries its value."""
     text, needles = ([row for row in rows if row["model"] == model] for model in ("SmolLM2", "needle-llama"))
-    kl, accuracy = "KL from dense, nats per token", "share of dense accuracy"
+    kl, accuracy = "SmolLM2: KL from dense, nats per token", "needle-llama: share of dense accuracy"
     panels = [
         Panel("density", kl, {"SmolLM2": columns(text, "density", "kl")}, names=names(text, setting)),
         Panel("density", accuracy, {"needle-llama": columns(needles, "density", "share_of_dense")}, names=names(needles, setting)),
     ]
     if setting == "c":
         timed = {"SmolLM2": columns(text, "selection_ms", "kl")}
-        panels.insert(0, Panel("selection of one layer, ms", kl, timed, log="x", names=names(text, setting)))
+        panels.insert(0, Panel("selection of one layer, ms", kl, timed, names=names(text, setting)))
     return panels
 
 
