@@ -273,7 +273,7 @@ def test_seconds_are_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [64, 1024])
 def test_head_curves_against_whole_outputs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece and in chunks: the change of the layer's output by one head alone, and the blocks that it keeps."""
-    monkeypatch.setattr("unisparse_np.evaluation.head_curves._CHUNK", chunk)
+    monkeypatch.setattr("unisparse_np.evaluation.head_curves._HOST_CHUNK", chunk)
     model, tokenizer = small_model()
     length = 300
     token_ids = tokenizer.encode(TEXT)[:length]

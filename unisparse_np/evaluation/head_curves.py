@@ -15,7 +15,7 @@ from .suite import chunk_unit
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the common looseness: where heads are measured
 _STEPS = 61  # between the first and the last factor: what heads can get
 _BISECTIONS = 50
-_CHUNK = 1024  # tokens read at a time, about
+_HOST_CHUNK, _DEVICE_CHUNK = 1024, 8192  # tokens read at a time, about
 
 
 class HeadCurves(NamedTuple):
@@ -30,30 +30,33 @@ def measure_head_curves(model: Llama, windows: Sequence[Sequence[int]], config_o
 
     Errors are those of the second half of each window, where there is something to leave out.
     """
-    shape = (model.config.num_hidden_layers, model.config.num_attention_heads, len(FACTORS))
-    errors, kept, visible = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    backend, xp = model.backend, model.backend.layers.xp
     configs = [config_of(factor) for factor in FACTORS]
-    grams = [output_gram(model, layer) for layer in range(shape[0])]
-    xp, backend = model.backend.layers.xp, model.backend
+    num_layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    grams = [output_gram(model, layer) for layer in range(num_layers)]
+    sums = xp.zeros((2, num_layers, len(FACTORS), heads))  # errors; selected blocks
+    visible, unit = 0, chunk_unit(configs)
+    chunk = max(unit, (_HOST_CHUNK if backend.layers.memory is None else _DEVICE_CHUNK) // unit * unit)
 
     for token_ids in windows:
-        half, cache = len(token_ids) // 2, model.new_cache(len(token_ids), prompt_tokens=len(token_ids))
+        half = len(token_ids) // 2
 
         def observe(layer: int, q: Any, k: Any, v: Any, out: Any, trace: Any, half: int = half) -> None:
+            nonlocal visible
             first = k.shape[1] - q.shape[1]  # the chunk's first position
             rows = slice(max(0, half - first), None)
             for n, config in enumerate(configs):
                 sparse, chosen = attend(q, k, v, config, q_offset=first, backend=backend)
                 change = sparse[:, rows].astype(xp.float32) - out[:, rows].astype(xp.float32)  # [Hq, t, d]
-                errors[layer, :, n] += backend.as_numpy(((change @ grams[layer]) * change).sum(axis=(1, 2)))
-                mask = backend.as_numpy(chosen.mask)  # [Hq, Nq, Nk]
-                seen = visible_blocks(first, q.shape[1], config.block_size, mask.shape[1])
-                kept[layer, :, n] += config.kept_blocks(mask.sum(axis=(1, 2), dtype=np.float64), seen)
-                visible[layer, :, n] += seen
+                sums[0, layer, n] += ((change @ grams[layer]) * change).sum(axis=(1, 2))
+                sums[1, layer, n] += chosen.mask.sum(axis=(1, 2))
+            if layer == 0:
+                visible += visible_blocks(first, q.shape[1], configs[0].block_size)
 
-        unit = chunk_unit(configs)
-        model.prefill(token_ids, cache, "dense", chunk_size=max(unit, _CHUNK // unit * unit), observer=observe)
-    return HeadCurves(errors / sum(len(token_ids) // 2 for token_ids in windows), kept / visible)
+        cache = model.new_cache(len(token_ids), prompt_tokens=len(token_ids))
+        model.prefill(token_ids, cache, "dense", chunk_size=chunk, observer=observe)
+    errors, selected = (np.moveaxis(of, 1, 2) for of in backend.layers.to_host(sums))  # [layers, Hq, factors] each
+    return HeadCurves(errors / sum(len(token_ids) // 2 for token_ids in windows), configs[0].kept_blocks(selected, visible) / visible)
 
 
 def output_gram(model: Llama, layer: int) -> Any:
@@ -64,9 +67,9 @@ def output_gram(model: Llama, layer: int) -> Any:
     return layers.xp.asarray(parts @ parts.transpose(0, 2, 1))
 
 
-def visible_blocks(first: int, tokens: int, block_size: int, num_q_blocks: int) -> int:
+def visible_blocks(first: int, tokens: int, block_size: int) -> int:
     """Under causality, summed over the query blocks of a chunk that begins at position `first`."""
-    return sum((first + min(tokens, (i + 1) * block_size) - 1) // block_size + 1 for i in range(num_q_blocks))
+    return sum((first + min(tokens, start + block_size) - 1) // block_size + 1 for start in range(0, tokens, block_size))
 
 
 def balanced_factors(curves: HeadCurves, weights: Sequence[float]) -> list[tuple[float, ...]]:
