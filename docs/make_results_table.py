@@ -356,8 +356,14 @@ def shown(name: str, table: Table) -> str:
     where += "".join(
         f", {library} {stamp['versions'][library]}" for library in ("cupy-cuda13x", "numba-cuda") if library in stamp["versions"]
     )
-    caption = f"Measured {stamp['date']} on {where}: {source}, by `{stamp['command']}`."
+    caption = f"Measured {stamp['date']} on {where}: {source}, by `{command_of(stamp)}`."
     return f"**{table.question}**\n\n" + "\n".join(lines) + f"\n\n{caption}\n\n"
+
+
+def command_of(stamp: dict[str, Any]) -> str:
+    """The command of a run, without a list of rules."""
+    command, rules, _ = stamp["command"].partition(" --rules ")
+    return command + (" --rules …" if rules else "")
 
 
 def device_of(stamp: dict[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from make_results_table import device_of
+from make_results_table import command_of, device_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -112,9 +112,8 @@ def section(result: dict[str, Any], prototype: dict[str, dict[str, Row]]) -> str
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(write(row) for write in columns.values()) + " |" for row in rows]
     where = device_of(stamp) or f"{stamp['cpu']['name']}, {stamp['cpu']['cores']} cores"
-    command = stamp["command"].partition(" --rules ")
     text = f"\n## {title}\n\n" + "\n".join(lines)
-    text += f"\n\n{agreement(rows, columns)}Measured {stamp['date']} on {where}, by `{command[0]}{command[1] and ' --rules …'}`.\n"
+    text += f"\n\n{agreement(rows, columns)}Measured {stamp['date']} on {where}, by `{command_of(stamp)}`.\n"
     return text + (solved_tasks(result) if result["kind"] == "needles" else "")
 
 
