@@ -82,12 +82,12 @@ DEVICE void hide(float (&s)[BN / 2], uint32_t masked, uint32_t record, int4 item
   }
 }
 
-struct Rows {  // the running softmax of a thread's two rows, r and r + 8
+struct Rows {  // the running softmax of a thread's two rows, r and r + 8, in powers of two: max0/1 are largest scores times c
   float max0, max1, sum0, sum1, scale0, scale1;
 
   // Takes in one tile of scores and leaves exp2(score * c - max) in their place; scale0/1 shrink what came before.
   DEVICE void absorb(float (&s)[BN / 2], float c) {
-    float x0 = max0, x1 = max1, y0 = s[4], y1 = s[6];
+    float x0 = s[0], x1 = s[2], y0 = s[4], y1 = s[6];
 #pragma unroll
     for (int j = 0; j < BN / 8; j += 2) {
       x0 = fmaxf(x0, fmaxf(s[4 * j], s[4 * j + 1]));
@@ -95,12 +95,12 @@ struct Rows {  // the running softmax of a thread's two rows, r and r + 8
       y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
       y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
     }
-    x0 = quad_max(fmaxf(x0, y0));
-    x1 = quad_max(fmaxf(x1, y1));
-    const float n0 = x0 == -INFINITY_F ? 0.f : x0 * c;  // a row that has seen nothing yet
-    const float n1 = x1 == -INFINITY_F ? 0.f : x1 * c;
-    scale0 = exp2_fast(fmaf(max0, c, -n0));
-    scale1 = exp2_fast(fmaf(max1, c, -n1));
+    x0 = fmaxf(max0, quad_max(fmaxf(x0, y0)) * c);
+    x1 = fmaxf(max1, quad_max(fmaxf(x1, y1)) * c);
+    const float n0 = x0 == -INFINITY_F ? 0.f : x0;  // a row that has seen nothing yet
+    const float n1 = x1 == -INFINITY_F ? 0.f : x1;
+    scale0 = exp2_fast(max0 - n0);  // exactly 1 where the maximum stays
+    scale1 = exp2_fast(max1 - n1);
     max0 = x0;
     max1 = x1;
     sum0 *= scale0;
@@ -255,8 +255,8 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
     }
     if ((lane & 3) == 0) {
       const int at = first_row + row;
-      if (at < shape.q_len) lse[(int64_t)head * shape.q_len + at] = (rows.max0 * c + log2_fast(rows.sum0)) * 0.6931471805599453f;
-      if (at + 8 < shape.q_len) lse[(int64_t)head * shape.q_len + at + 8] = (rows.max1 * c + log2_fast(rows.sum1)) * 0.6931471805599453f;
+      if (at < shape.q_len) lse[(int64_t)head * shape.q_len + at] = (rows.max0 + log2_fast(rows.sum0)) * 0.6931471805599453f;
+      if (at + 8 < shape.q_len) lse[(int64_t)head * shape.q_len + at + 8] = (rows.max1 + log2_fast(rows.sum1)) * 0.6931471805599453f;
     }
   }
 }
