@@ -14,7 +14,7 @@ from unisparse_np.evaluation.candidates import RANGES, Kind, Trial
 from unisparse_np.evaluation.cost import modelled_cost, selection_share
 from unisparse_np.evaluation.divergence import divergence
 from unisparse_np.evaluation.head_curves import FACTORS, HeadCurves, balanced_factors, measure_head_curves
-from unisparse_np.evaluation.probe import Probe, Prober
+from unisparse_np.evaluation.probe import Probe, Prober, prefill_seconds, time_tells
 from unisparse_np.evaluation.results import ResultsFile
 from unisparse_np.evaluation.search import Search, fit_of, layer_groups
 from unisparse_np.evaluation.settle import settle
@@ -265,6 +265,18 @@ def test_time_is_a_share_of_the_dense_prefill(tmp_path: Path, monkeypatch: pytes
 
 def test_seconds_are_measured(tmp_path: Path) -> None:
     assert 0 < prober(tmp_path / "r.jsonl", cost_kind="time")(SPARSE, [0]).cost < 100
+
+
+def test_time_tells_only_where_sparse_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = small_model()
+    token_ids = tokenizer.encode(TEXT)[:64]
+    assert prefill_seconds(model, token_ids, UniSparseConfig()) > 0
+    for sparse, tells in ((0.5, True), (0.95, False), (1.2, False)):
+        monkeypatch.setattr(
+            "unisparse_np.evaluation.probe.prefill_seconds",
+            lambda model, ids, attention, sparse=sparse: 1.0 if attention == "dense" else sparse,
+        )
+        assert time_tells(model, token_ids) is tells
 
 
 # ---- what single heads lose and keep ----

@@ -20,6 +20,7 @@ from .progress import CountBar
 if TYPE_CHECKING:
     from ..evaluation.search import Search
     from ..evaluation.settle import Settled
+    from ..model.llama import Llama
 
 _CURVE_WINDOWS = 4  # of those that the search looks at: what single heads lose and keep is measured there
 
@@ -35,7 +36,7 @@ _search_options = in_section(
     flag("--seed", type=int, default=0, show_default=True, help="Decides which windows are taken."),
     flag("--cost", "cost_kind", type=click.Choice(["auto", "model", "time"]), default="auto", show_default=True,
          help="What is made cheap. model: selection and attention as a share of dense attention's products. time: the prefill, measured. "
-              "auto: time on a GPU, else model."),
+              "auto: time on a GPU where sparse attention is faster at this length, else model."),
 )  # fmt: skip
 
 _file_options = in_section(
@@ -86,7 +87,8 @@ def tune(
     model, tokenizer = load(model_dir, backend=backend, dtype=dtype, max_context=max_context)
     require_context(model, length)
     windows = Windows(tokenizer, python_reference() if text is None else text, length, seed, count + held_out)
-    cost_kind = ("model" if model.backend.name == "reference" else "time") if cost_kind == "auto" else cost_kind
+    if cost_kind == "auto":
+        cost_kind = _cost_that_tells(model, windows[0], quiet)
     run = describe_run(TextSuite(windows), folder, model, {"dense": "dense"}) | {"suite": "tune", "cost": cost_kind}
     search_windows, other_windows = range(count), range(count, count + held_out)
     layers = model.config.num_hidden_layers
@@ -108,6 +110,22 @@ def tune(
              "windows": [count, held_out], "seed": seed, "text": run["examples"]["text"], "version": run["version"]}  # fmt: skip
     path = write_config_file(folder, settled.attention, facts)  # type: ignore[arg-type]
     _report(search, settled, held_out_probes, path, as_json, quiet)
+
+
+def _cost_that_tells(model: Llama, token_ids: list[int], quiet: bool) -> str:
+    """Measured time on a GPU whose time depends on the attention; otherwise the cost model."""
+    from ..evaluation.probe import time_tells
+
+    if model.backend.name == "reference":
+        return "model"
+    if time_tells(model, token_ids):
+        return "time"
+    if not quiet:
+        click.echo(
+            f"{len(token_ids)} tokens are read as fast with dense attention here, so the cost is not the time but the share of products",
+            err=True,
+        )
+    return "model"
 
 
 def _check_target(folder: Path, max_kl: float, force: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..config import UniSparseConfig
 from ..model.llama import Attention, Llama
 from .cost import modelled_cost
 from .divergence import divergence, log_probabilities, row_blocks
@@ -20,6 +21,7 @@ from .windows import Windows
 
 CostKind = Literal["model", "time"]
 _TIMINGS = 2  # of a prefill; the faster counts
+_TELLS = 0.9  # a sparse prefill that takes less than this share of a dense one is faster, and not by chance
 
 
 class Probe(NamedTuple):
@@ -122,13 +124,24 @@ class Prober:
         return self._dense[window]
 
     def _seconds(self, token_ids: list[int], attention: Attention) -> float:
-        seconds = []
-        for _ in range(_TIMINGS):
-            cache = self._model.new_cache(len(token_ids), attention)
-            started = time.perf_counter()
-            self._model.prefill(token_ids, cache, attention)  # its logits come to the host, so the work is done when it returns
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+        return prefill_seconds(self._model, token_ids, attention)
+
+
+def time_tells(model: Llama, token_ids: list[int]) -> bool:
+    """Whether the default preset reads a prompt faster than dense attention: where launching takes longer than the work, nothing does."""
+    dense, sparse = (prefill_seconds(model, token_ids, attention) for attention in ("dense", UniSparseConfig()))
+    return sparse < _TELLS * dense
+
+
+def prefill_seconds(model: Llama, token_ids: list[int], attention: Attention) -> float:
+    """The fastest of a few prefills; the first, which may compile kernels, does not count."""
+    seconds = []
+    for _ in range(1 + _TIMINGS):
+        cache = model.new_cache(len(token_ids), attention)
+        started = time.perf_counter()
+        model.prefill(token_ids, cache, attention)  # its logits come to the host, so the work is done when it returns
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
 
 
 def _key(attention: Any, window: int) -> str:
