@@ -115,7 +115,7 @@ def sparse(setting: Setting, config: UniSparseConfig, rows: list[dict]) -> None:
             words = from_bool(cupy.asarray(mask)).words
 
             def attend(k: Any, v: Any, s: KeySummary, words: Any = words) -> None:
-                attention.attend(q, k, v, position, words, s, overlap=overlap)
+                attention.attend(q, k, v, position, words, s)
 
             alone = microseconds([lambda c=c, s=s: attend(*c, s) for c, s in work] * 4)  # type: ignore[misc]
             whole = microseconds([lambda c=c, s=s: (select(c[0], s), attend(*c, s)) for c, s in work] * 4)  # type: ignore[misc]

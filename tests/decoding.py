@@ -6,6 +6,7 @@ import numpy as np
 
 from unisparse_np import Problem, UniSparseConfig, reference
 from unisparse_np.comparison import TOLERANCES, compare_anchors, compare_masks, compare_outputs, compare_values
+from unisparse_np.problem import ceil_div
 
 
 class Decoding:
@@ -41,9 +42,14 @@ class Decoding:
             keys[:, :decoded], values[:, :decoded] = k[:, :decoded], v[:, :decoded]
             out = attention.launch(q[at], keys, values, cupy.asarray(np.array([at], np.int32)), summary)
             mask = None if summary is None else cupy.asnumpy(to_bool(attention.selector.mask, p)).copy()
-            kept = None if summary is None else tuple(cupy.asnumpy(x).copy() for x in summary)
+            kept = None if summary is None else tuple(cupy.asnumpy(x).copy() for x in self.written(summary, decoded))
             results.append((cupy.asnumpy(out).copy(), mask, kept))
         return results
+
+    def written(self, summary, keys):
+        """The composites and anchors of so many keys: what lies behind them nobody has written."""
+        config = self.config
+        return summary.kc[:, : ceil_div(keys, config.k_compress)], summary.anchors[:, : ceil_div(keys, config.block_size)]
 
     def check(self, cupy, positions):
         """Every step within the tolerance table; its output on the mask that the device chose."""

@@ -193,7 +193,7 @@ PLANTED = {
     "a cell of other composites": (
         "decode_cells.cuh", "float sum = exp2_fast(logits[2 * k + e] - base)", "float sum = exp2_fast(logits[e] - base)",
     ),
-    "a threshold too high": ("decode_cut.cuh", "t += (uint32_t)steps << bit", "t += (uint32_t)(steps + 1) << bit"),
+    "a threshold too high": ("decode_cut.cuh", "t += found[0] << shift", "t += (found[0] + 1) << shift"),
     "ties of earlier words": ("decode_select.cu", "before += ties[i]", "before += 0"),
     "coarse keys of the wrong size": ("decode_cells.cuh", "z[2 * k + e] = sum[k] / tokens[k]", "z[2 * k + e] = sum[k]"),
 }  # fmt: skip

@@ -180,7 +180,7 @@ class DecodeAttention:
         if self.selector is not None:
             assert summary is not None, "sparse decode needs the layer's key summary"
             words = self.selector.launch(q, keys, position, summary, overlap).words
-        return self.attend(q, keys, values, position, words, summary, out, overlap)
+        return self.attend(q, keys, values, position, words, summary, out, overlap and words is None)
 
     def attend(
         self,

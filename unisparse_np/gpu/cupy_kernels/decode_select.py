@@ -16,6 +16,7 @@ from .shapes import element_strides, shape_of, words_per_row
 
 FILE = "decode_select.cu"
 SCORE_WARPS, SELECT_WARPS, CELL, ROW_BYTES = 8, 16, 16, 512  # of decode_select.cu and few_rows.cuh
+BINS, CUT_ROOM = 2048, SELECT_WARPS + 4  # of decode_cut.cuh
 NULL = np.uint64(0)
 
 
@@ -56,16 +57,20 @@ class DecodeSelector:
         self._score_grid = max(2, num_multiprocessors() * resident // columns), columns
         self._score_shared = row_tiles * ceil_div(problem.head_dim, 32) * ROW_BYTES
         arrays = 2 if coarse_keys(config) == 1 else 3  # of a number a block
-        self._select_shared = 4 * ((32 * arrays + 1) * words_per_row(problem) + 2 * SELECT_WARPS)
+        self._select_shared = 4 * ((32 * arrays + 1) * words_per_row(problem) + BINS + CUT_ROOM)
         self._score = kernel(FILE, "decode_scores", self._score_shared, **defines)
         self._select = kernel(FILE, "decode_select", self._select_shared, **defines)
 
     def launch(self, q: Any, keys: Any, position: Any, summary: KeySummary, overlap: bool = False) -> BlockMask:
-        """q [Hq, d], keys [Hkv, capacity, d], position: device int32 [1] of the query; summary as in DecodeAttention.launch."""
+        """q [Hq, d], keys [Hkv, capacity, d], position: device int32 [1] of the query; summary as in DecodeAttention.launch.
+
+        Only the scoring overlaps: what the others read first is what the launch before them writes, and thread blocks that wait early
+        take room from those that work (128K: 52 us a layer instead of 49).
+        """
         self.score(q, keys, position, summary, overlap)
         selecting = (*self._scores, *self._rules, self._shape, position, self.mask.words, self.mask.counts)
         grid = self.problem.num_composite_heads, 1
-        launch(self._select, FILE, "decode_select", grid, 32 * SELECT_WARPS, self._select_shared, selecting, overlap)
+        launch(self._select, FILE, "decode_select", grid, 32 * SELECT_WARPS, self._select_shared, selecting, overlap=False)
         return self.mask
 
     def score(self, q: Any, keys: Any, position: Any, summary: KeySummary, overlap: bool = False) -> None:

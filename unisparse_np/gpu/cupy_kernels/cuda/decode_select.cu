@@ -6,7 +6,7 @@
 //   2  the softmax of each cell of up to 16 composite keys is done where the scores are: 8 bytes a cell instead of 64; the whole
 //      thread block looks for Top-P's cut; three thread blocks a multiprocessor score
 //   3  the first closed composite keys are asked for while the launch before ends; cells are read once; all warps write the words
-//   4  only the newest key is pooled, not its whole block; each warp tries a threshold of its own: four bits of Top-P's cut a pass
+//   4  only the newest key is pooled, not its whole block; Top-P's cut is found by histograms of 11 bits of the scores
 //
 // Where Top-P has composites of its own, of COARSE fine ones each, a coarse key's logit is the mean of its fine keys' logits: a dot
 // product is linear. Nothing more is read for them.
@@ -168,7 +168,7 @@ DEVICE void block_shares(float* shares, float* maxima, const float2* cells, int 
 
 // Grid: Hc. cells [Hc, pitch] as decode_scores writes them, coarse_cells null where COARSE is 1 -> words [Hc, words_per_row], counts [Hc].
 // Shared memory: block shares [32 * words_per_row], the same of coarse keys where there are any, units [32 * words_per_row], ties
-// [words_per_row], then 2 * SELECT_WARPS numbers.
+// [words_per_row], a histogram [BINS], then CUT_ROOM numbers.
 extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
     const float2* cells, const float2* coarse_cells, int64_t pitch, const double* top_p, const float* row_threshold, const Shape given,
     const int* position, uint32_t* words, int* counts)
@@ -183,16 +183,31 @@ extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
   float* mean = COARSE == 1 ? peak : peak + blocks;
   uint32_t* units = (uint32_t*)(mean + blocks);
   uint32_t* ties = units + blocks;
-  uint32_t* room = ties + shape.words_per_row;
+  uint32_t* bins = ties + shape.words_per_row;
+  uint32_t* room = bins + BINS;
   wait_for_launch_before();
   block_shares(peak, (float*)units, cells + head * pitch, cells_seen, visible, (float*)room);
   if (COARSE != 1) block_shares(mean, (float*)units, coarse_cells + head * pitch, cells_seen, visible, (float*)room);
-  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) units[j] = as_handed_out((uint32_t)__float2int_rn(mean[j] * UNIT));
+  uint32_t total = 0, highest = 0;
+  for (int j = threadIdx.x; j < visible; j += 32 * SELECT_WARPS) {
+    units[j] = as_handed_out((uint32_t)__float2int_rn(mean[j] * UNIT));
+    total += units[j];
+    highest = max(highest, units[j]);
+  }
+  total = __reduce_add_sync(0xffffffffu, total);
+  highest = __reduce_max_sync(0xffffffffu, highest);
+  if (lane == 0) {
+    bins[warp] = total;
+    bins[SELECT_WARPS + warp] = highest;
+  }
+  __syncthreads();
+  total = __reduce_add_sync(0xffffffffu, lane < SELECT_WARPS ? bins[lane] : 0);
+  highest = __reduce_max_sync(0xffffffffu, lane < SELECT_WARPS ? bins[SELECT_WARPS + lane] : 0);
   __syncthreads();
   const Row row(top_p ? units : nullptr, peak, row_threshold ? row_threshold + head : nullptr, shape, 0);
   Cut cut = {0, 0};
   if (top_p) {
-    cut = cut_of_row(share, units, visible, room);
+    cut = cut_of_row(share, units, visible, total, highest, bins, room);
     for (int w = warp; w < shape.words_per_row; w += SELECT_WARPS) {
       const uint32_t equal = row.ties(w, cut);
       if (lane == 0) ties[w] = __popc(equal);
