@@ -40,9 +40,9 @@ def row_blocks(rows: int, vocab: int) -> Iterator[slice]:
 
 def log_probabilities(logits: Any, xp: Any = np) -> Any:
     """logits [T, vocab] of NumPy or of the library that works like it -> natural log-probabilities, float32."""
-    logits = logits.astype(xp.float32)
+    logits = logits.astype(np.float32)
     logits -= logits.max(axis=1, keepdims=True)
-    logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True, dtype=xp.float64)).astype(xp.float32)
+    logits -= xp.log(xp.exp(logits).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return logits
 
 
@@ -51,9 +51,9 @@ def _rows_divergence(dense: Any, sparse: Any, targets: np.ndarray, layers: Any) 
     xp = np if layers is None else layers.xp
     log_p, log_q = log_probabilities(dense, xp), log_probabilities(sparse, xp)  # [t, vocab]
     of_targets = xp.arange(len(targets)), xp.asarray(targets)
-    kl = (xp.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=xp.float64)
+    kl = (xp.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
     kl = xp.maximum(kl, 0.0)  # rounding takes a KL of nothing below zero
     agree = log_p.argmax(axis=1) == log_q.argmax(axis=1)
-    columns = xp.stack([column.astype(xp.float64) for column in (kl, agree, -log_q[of_targets], -log_p[of_targets])])
+    columns = xp.stack([column.astype(np.float64) for column in (kl, agree, -log_q[of_targets], -log_p[of_targets])])
     host: np.ndarray = columns if layers is None else layers.to_host(columns)
     return host

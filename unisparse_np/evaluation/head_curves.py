@@ -47,7 +47,7 @@ def measure_head_curves(model: Llama, windows: Sequence[Sequence[int]], config_o
             rows = slice(max(0, half - first), None)
             for n, config in enumerate(configs):
                 sparse, chosen = attend(q, k, v, config, q_offset=first, backend=backend)
-                change = sparse[:, rows].astype(xp.float32) - out[:, rows].astype(xp.float32)  # [Hq, t, d]
+                change = sparse[:, rows].astype(np.float32) - out[:, rows].astype(np.float32)  # [Hq, t, d]
                 sums[0, layer, n] += ((change @ grams[layer]) * change).sum(axis=(1, 2))
                 sums[1, layer, n] += chosen.mask.sum(axis=(1, 2))
             if layer == 0:
