@@ -136,6 +136,7 @@ class Program:
 
     def _take(self, addresses: tuple[int, ...]) -> None:
         """Fill the table, and encode tensor maps whose address has changed."""
+        self._addresses = None  # until all is done: an interrupted call leaves half of it
         self._table.pack_into(self._memory, self._first, *[addresses[n] + offset for n, offset in self._sources])
         for entry in self._maps:
             n, offset, rest, place, encoded = entry

@@ -13,7 +13,7 @@ from ...problem import ceil_div
 from .device import kernel
 
 THREADS, SEARCH_THREADS, SEARCH_BYTES = 256, 1024, 32 * (8 + 3 * 4)  # of sample.cu
-DRAW_THREADS, DRAW_BYTES, LARGEST_WEIGHT = 1024, 8 * (2048 + 32 + 2), 1 << 43  # of draw.cu
+DRAW_THREADS, DRAW_BYTES, LARGEST_WEIGHT = 1024, 8 * (2048 + 32 + 3), 1 << 43  # of draw.cu
 FOUND = np.dtype([(name, np.float64 if name == "largest" else np.int64) for name in ("largest", "token", "broken", "possible", "positive")])
 NULL = np.uint64(0)
 

@@ -9,7 +9,7 @@
 //   1  CuPy's sort of the vocabulary and a dozen of its functions
 //   2  this kernel, one thread block
 //
-// Shared memory: a histogram [BINS], then WARPS numbers and 2 results, 8 bytes each.
+// Shared memory: a histogram [BINS], then WARPS numbers and 3 results, 8 bytes each.
 #include "ptx.cuh"
 
 #define THREADS 1024
@@ -97,7 +97,7 @@ struct Walker {
           if (before < wanted && before + here[n] >= wanted) {
             results[0] = prefix << BITS | (BINS - 1 - (A_THREAD * threadIdx.x + n));
             results[1] = before;
-            of_warps[0] = here[n];
+            results[2] = here[n];  // not in of_warps: other warps may still be reading there
           }
           before += here[n];
         }
@@ -105,7 +105,7 @@ struct Walker {
       __syncthreads();
       prefix = results[0];
       above = results[1];
-      inside = of_warps[0];
+      inside = results[2];
       __syncthreads();
     }
     return {prefix, above};
