@@ -1,6 +1,7 @@
 """Thousands of random problems on the GPU against the float64 reference, by ALGORITHM.md's "Comparing backends".
 
-    PYTHONPATH=. python benchmarks/random_problems_gpu.py [--count 2000] [--seed 0] [--seconds 300] [--workers 12] [--output FILE]
+    PYTHONPATH=. python benchmarks/random_problems_gpu.py [--count 2000] [--seed 0] [--seconds 300] [--workers 12]
+        [--shapes 47] [--output FILE]
 
 Shapes, strides, dtypes, offsets, configs, chunks, batches and key summaries are drawn (tests/random_problems.py); even seeds
 run the device's own kernels, odd ones the portable kernels. The processes share the GPU; each also computes the reference.
@@ -18,6 +19,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes are the parallelism
@@ -41,7 +43,7 @@ class Problem(NamedTuple):
     counts: dict[str, int]
 
 
-def work(seed: int) -> Problem:
+def work(seed: int, shapes: int) -> Problem:
     """One problem, drawn, run and judged."""
     import cupy
 
@@ -51,7 +53,7 @@ def work(seed: int) -> Problem:
     path = "portable" if seed % 2 else "native"
     use_portable_kernels(path == "portable")
     try:
-        case = random_case(seed)
+        case = random_case(seed, shapes)
         outcome = run_on_device(case, engine, cupy)
     except Exception:
         return Problem(f"{path} error", [], [f"seed {seed}: {traceback.format_exc(limit=6)}"], {}, {})
@@ -106,12 +108,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first problem")
     parser.add_argument("--seconds", type=float, default=300, help="what has not come back after so long is left out")
     parser.add_argument("--workers", type=int, default=12, help="processes")
+    parser.add_argument("--shapes", type=int, default=47, help="what kernels are compiled for: so many shapes, an odd number")
     parser.add_argument("--output", default="", help="where the JSON goes; default: benchmarks/results")
     arguments = parser.parse_args()
     start = time.time()
     found: list[Problem] = []
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        results = pool.imap_unordered(work, range(arguments.seed, arguments.seed + arguments.count))
+        seeds = range(arguments.seed, arguments.seed + arguments.count)
+        results = pool.imap_unordered(partial(work, shapes=arguments.shapes), seeds)
         with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
             while True:
                 found.append(results.next(timeout=max(0.0, start + arguments.seconds - time.time())))

@@ -1,7 +1,7 @@
 """Random problems for a GPU backend, and their judgement against the float64 reference by ALGORITHM.md's "Comparing backends".
 
 Everything of a problem follows from its seed. tests/gpu runs some hundreds, benchmarks/random_problems_gpu.py thousands.
-What kernels are compiled for (head_dim, block size, tokens of a composite) follows from seed % KERNEL_SHAPES alone, so that thousands of
+What kernels are compiled for (head_dim, block size, tokens of a composite) follows from seed % kernel_shapes alone, so that thousands of
 problems do not compile thousands of kernels.
 """
 
@@ -40,9 +40,9 @@ class Case:
         return f"seed {self.seed}: {self.problem}, {self.dtype}, {', '.join(self.layouts)}"
 
 
-def random_case(seed: int) -> Case:
+def random_case(seed: int, kernel_shapes: int = KERNEL_SHAPES) -> Case:
     """A problem that the tensor-core kernels take (one in sixteen in float32, for the plain ones); one in eight with few queries."""
-    rng, kernel_rng = np.random.default_rng(seed), np.random.default_rng(seed % KERNEL_SHAPES)
+    rng, kernel_rng = np.random.default_rng(seed), np.random.default_rng(seed % kernel_shapes)
     size = int(kernel_rng.choice([64, 128, 256]))
     head_dim = int(kernel_rng.choice([64, 64, 128, 128, 128, 80, 96, 256]))
     k_len = int(rng.integers(1, MOST_BLOCKS[size] * size))
