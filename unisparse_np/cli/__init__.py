@@ -57,6 +57,11 @@ class CommandGroup(click.Group):
             end_all_ranks(error, code)
             click.echo(f"Error: {error}", err=True)
             raise click.exceptions.Exit(code) from error
+        except MemoryError as error:
+            end_all_ranks(error, FAILURE)
+            said = " ".join(str(error).split()) or type(error).__name__
+            click.echo(f"Error: memory ran out ({said}): give less text at once, or end what else uses the memory", err=True)
+            raise click.exceptions.Exit(FAILURE) from error
         except KeyboardInterrupt as interrupt:
             end_all_ranks(interrupt, INTERRUPTED)
             raise click.exceptions.Exit(INTERRUPTED) from None
