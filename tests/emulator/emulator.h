@@ -270,31 +270,31 @@ inline void named_sync(int id, int threads) { meet(fibre->block->named[id], thre
 inline void named_arrive(int id, int threads) { arrive(fibre->block->named[id], threads); }
 
 inline uint32_t swizzle(uint32_t a) { return a ^ (((a >> 7) & 7) << 4); }
-template <class Each> inline void for_each_element(const Tiles& t, uint32_t shared, int first_panel, int row, int head, Each each) {
+template <class Each> inline void for_each_element(const Tiles& t, uint32_t shared, int column, int row, int head, Each each) {
   long n = 0;
-  for (int panel = first_panel; panel < first_panel + t.box[2]; ++panel)
+  for (int panel = 0; panel < t.box[2]; ++panel)
     for (int r = 0; r < t.box[1]; ++r)
       for (int c = 0; c < t.box[0]; ++c, ++n) {
-        const bool inside = row + r >= 0 && row + r < t.size[1] && head < t.size[3] && panel < t.size[2];
-        each(swizzle(shared + 2 * n), inside ? t.base + c * t.stride[0] + (row + r) * t.stride[1] + panel * t.stride[2] + head * t.stride[3] : nullptr);
+        const bool inside = row + r >= 0 && row + r < t.size[1] && head < t.size[3] && column + c < t.size[0];
+        each(swizzle(shared + 2 * n), inside ? t.base + (column + c) * t.stride[0] + (row + r) * t.stride[1] + panel * t.stride[2] + head * t.stride[3] : nullptr);
       }
 }
 inline void tma_prefetch(const TensorMap*) {}
-inline void tma_load_panel(uint32_t to, const TensorMap* map, uint32_t barrier, int panel, int row, int head, uint64_t) {
+inline void tma_load_columns(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, int head, uint64_t) {
   if (to & 1023) fail("misaligned TMA tile");
   Block* block = fibre->block;
   const Tiles t = map->tiles;
   const long bytes = 2L * t.box[0] * t.box[1] * t.box[2];
   memset(at(block, to, bytes), 0xff, bytes);  // whoever still needs what was there finds NaN
   block->tma.push_back([=] {
-    for_each_element(t, to, panel, row, head, [&](uint32_t a, char* g) { g ? (void)memcpy(at(block, a, 2), g, 2) : (void)memset(at(block, a, 2), 0, 2); });
+    for_each_element(t, to, column, row, head, [&](uint32_t a, char* g) { g ? (void)memcpy(at(block, a, 2), g, 2) : (void)memset(at(block, a, 2), 0, 2); });
     auto& m = barrier_at(block, barrier);
     m.bytes -= bytes;
     settle(m);
   });
 }
 inline void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int row, int head, uint64_t policy) {
-  tma_load_panel(to, map, barrier, 0, row, head, policy);
+  tma_load_columns(to, map, barrier, 0, row, head, policy);
 }
 template <int N> inline void registers_release() {}
 template <int N> inline void registers_acquire() {}

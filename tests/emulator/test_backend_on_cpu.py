@@ -134,8 +134,14 @@ def test_portable_blocks_of_64():
 
 
 def test_portable_other_head_dim():
-    problem = Problem(1, 1, 40, 100, 96, UniSparseConfig(64, 8, 8, top_p=0.5))
+    problem = Problem(1, 1, 40, 100, 80, UniSparseConfig(64, 8, 8, top_p=0.5))
     assert "attend_sm80" in check(problem, "90")
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])  # 96 fills one and a half panels of 64 columns
+def test_hopper_other_head_dims(head_dim):
+    problem = Problem(2, 1, 70, 200, head_dim, UniSparseConfig(128, 8, 8, 1, top_p=0.3, key_anchors=1))
+    assert "attend_sm90" in check(problem, "90")
 
 
 def test_running_key_summary_is_the_summary_of_the_whole():
@@ -218,8 +224,8 @@ PLANTED = {
     "keys are freed too early": ("attend_sm90.cu", "        wgmma_wait<1>();\n        pin(s);\n", "        pin(s);\n"),
     "the wrong parity after a ring's end": ("attend_sm90_layout.cuh", "stage = 0; parity ^= 1;", "stage = 0;"),
     "an old maximum": ("attend_sm90.cu", "    max0 = x0;\n", ""),
-    "a part that holds nothing is seen": ("attend_sm90_producer.cuh", "    if (lane >= filled) part = NO_KEYS;\n", ""),
-    "anchors of selected blocks": ("mask.cuh", "& ~selected_word(words, shape, head, q_block, w, visible)", ""),
+    "a part that holds nothing is seen": ("attend_sm90_producer.cuh", "    if (lane >= filled && lane < PARTS) part = NO_KEYS;\n", ""),
+    "anchors of selected blocks": ("attend_sm90_producer.cuh", " & ~word_of(under_way, w)", ""),
     "a coarse composite takes all for full": ("compress.cu", "const float tokens = min(held, stop - start)", "const float tokens = held"),
     "sums of 32 keys go to other lanes": ("scores_sm90.cu", "sum_pair(half, fours, 2, t & 2)", "sum_pair(half, fours, 2, t & 1)"),
     "a tile nobody wrote": ("scores_sm90.cu", "min(exist, rows + 16) - 1", "exist - 1"),

@@ -20,7 +20,7 @@ from .select import BlockMask, from_bool
 from .shapes import Rows, aligned, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
 
 L2_SECTION_BYTES = 32 << 20  # keys and values worked on at a time: they stay in the L2 of an A100, H100 or H200
-HOPPER_HEAD_DIMS = (64, 128)
+HOPPER_HEAD_DIMS = (64, 96, 128, 256)
 SMALLEST_TILE, LARGEST_TILE = 64, 128  # query rows of one item
 REPAIR_BLOCKS, REPAIR_THREADS = 64, 128
 PREPARE_THREADS, PREPARE_BYTES = 1024, 4096  # of prepare.cu
@@ -66,7 +66,7 @@ def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: P
 
 def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors: Any, plan: Plan) -> Attended:
     problem, of_float16 = plan.problem, is_float16(q.array.dtype)
-    on_hopper = problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
+    on_hopper = _on_hopper(problem)
     words = counts = positions = 0
     heads_per_mask = 1
     if mask is not None:
@@ -87,6 +87,12 @@ def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors:
         program = plan.record(key, launches)
     program.run(q.address, k.address, v.address, out.data.ptr, lse.address, memory.ptr, words, counts, positions)
     return Attended(out, lse, kernel_name(problem.head_dim, problem.config.block_size, on_hopper, of_float16))
+
+
+def _on_hopper(problem: Problem) -> bool:
+    """Whether attend_sm90.cu runs; it has no room for two lists of head_dim 256."""
+    fits = problem.head_dim < 256 or problem.config.block_size > 64
+    return fits and problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)
 
 
 @lru_cache(maxsize=256)
@@ -163,7 +169,7 @@ def _attending_sm90(q: Rows, keys: Keys, out: int, lse: int, shape: bytes, room:
     problem, layout = plan.problem, plan.once(layout_sm90)
     dim, kv_heads = problem.head_dim, problem.num_kv_heads
     launcher = plan.launcher("attend_sm90.cu", "attend_sm90", layout.threads, layout.shared_bytes, of_float16)
-    queries = TensorMap(q.address, problem.num_q_heads, problem.q_len, dim, q.head_stride, q.row_stride, of_float16, 64, dim)
+    queries = TensorMap(q.address, problem.num_q_heads, problem.q_len, dim, q.head_stride, q.row_stride, of_float16, 64, 64)
     k, v = (TensorMap(x.address, kv_heads, problem.k_len, dim, x.head_stride, x.row_stride, of_float16, 64, 64) for x in (keys.k, keys.v))
     anchor_k, anchor_v = k, v
     if keys.anchors:
@@ -208,9 +214,10 @@ def layout_sm90(plan: Plan) -> LayoutSm90:
     """One team of two consumers; for tiles of 64 rows several teams of one, each with items of its own."""
     dim, small = plan.problem.head_dim, tile_rows(plan.problem, True) == SMALLEST_TILE
     consumers, teams = (1, 3 if dim == 64 else 2) if small else (2, 1)
-    keys_per_tile = 192 if not small else 128 if dim == 64 else 64
-    tiles = consumers * 64 + 4 * keys_per_tile  # rows of Q and of two stages of K and V
-    return LayoutSm90(teams, 128 * (consumers * teams + 1), teams * (tiles * dim * 2 + 128 + 16 * consumers + 3 * 48) + 1024)
+    keys_per_tile = 64 if dim == 256 else 192 if not small else 128 if dim == 64 else 64
+    rows, columns = consumers * 64 + 4 * keys_per_tile, 64 * ceil_div(dim, 64)  # of Q and of two stages of K and V
+    records = 2 * 48 + 160
+    return LayoutSm90(teams, 128 * (consumers * teams + 1), teams * (rows * columns * 2 + 128 + 16 * consumers + records) + 1024)
 
 
 def shared_bytes_sm80(plan: Plan) -> int:

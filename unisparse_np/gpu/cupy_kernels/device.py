@@ -118,15 +118,16 @@ def tensor_map(
 ) -> bytes:
     """A CUtensorMap over [H, L, d] of 16-bit elements (strides in elements) in boxes of rows x columns of one head.
 
-    The view is (64, L, d / 64, H), so that one instruction fetches a tile as panels of 64 columns with a 128-byte
-    swizzle, whatever the strides.
+    Tiles lie in shared memory as panels of 64 columns with a 128-byte swizzle, whatever the strides. Boxes of all columns: the view
+    is (64, L, d / 64, H), and one instruction fetches all panels. Boxes of 64 columns: (d, L, 1, H), with zeros for columns past d.
     """
     buffer = np.zeros(TENSOR_MAP_BYTES + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     buffer = buffer[start : start + TENSOR_MAP_BYTES]
-    sizes = (ctypes.c_uint64 * 4)(64, length, dim // 64, heads)
+    panels = box_columns // 64
+    sizes = (ctypes.c_uint64 * 4)(64 if panels > 1 else dim, length, panels, heads)
     strides = (ctypes.c_uint64 * 3)(2 * row_stride, 128, 2 * head_stride)
-    box = (ctypes.c_uint32 * 4)(64, box_rows, box_columns // 64, 1)
+    box = (ctypes.c_uint32 * 4)(64, box_rows, panels, 1)
     steps = (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     float16, bfloat16, no_interleave, swizzle_128, promote_128, zero_fill = 6, 9, 0, 3, 2, 0
     status = driver().cuTensorMapEncodeTiled(
@@ -140,7 +141,7 @@ def tensor_map(
 
 @lru_cache
 def driver() -> Any:
-    """libcuda, for the driver calls that CuPy does not offer."""
+    """libcuda, for the one driver call that CuPy does not offer."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         library.cuTensorMapEncodeTiled.restype = ctypes.c_int

@@ -12,17 +12,20 @@
 //   8  a tile is three parts of 64 keys from anywhere in the list: 192 keys a tile, a third fewer rounds of barriers, maxima and
 //      rescaling, and Q is read from shared memory less often; blocks of 64: three (head_dim 64) or two lists a multiprocessor
 //   9  each consumer's Q by itself, freed after its last QK; O leaves from the registers, 16 bytes a lane
+//  10  head_dim 64: items of 64 rows and three lists a multiprocessor for every block size; head_dim 96 and 256; the producer keeps
+//      what it needs once an item in shared memory and spills nothing
 // Dead ends: skipping the rescale of the accumulator when no maximum moved; some exponentials by polynomial; Q in registers;
-// one loop through all items, so that an item's last product runs under the next one's first (registers).
+// an item's last product under the next one's first; QK of the next half tile under the softmax of this one; other moments to hand
+// on the turn; leaving out what an item's last tile does not hold.
 //
 // A team is one warp of the producer warpgroup and CONSUMERS warpgroups of 64 query rows that share a list of blocks. Blocks of 64
-// have one consumer a team and several teams a thread block.
+// and head_dim 64 have one consumer a team and several teams a thread block.
 //
-// Shared memory, from a 1024-byte boundary (swizzled tiles [HEAD_DIM/64][rows][64]); of each team:
+// Shared memory, from a 1024-byte boundary (swizzled tiles [PANELS][rows][64], columns past HEAD_DIM 0); of each team:
 //   Q   CONSUMERS x 64 x HEAD_DIM    query tiles
 //   K   STAGES x BN x HEAD_DIM       key tiles, and V the same: separate rings
 //   then of each team: barriers; an item's record a consumer {head, first row, number of key tiles, -}; a tile's record a K stage
-//   {PARTS parts, mask bits, words of unselected blocks}; the items under way
+//   {PARTS parts, mask bits, words of unselected blocks}; the items under way, and the first words of the mask of one
 #include "attend_sm90_producer.cuh"
 
 // A warp is done with a buffer: its reads come before the one arrival that stands for all its lanes.
@@ -276,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
   const int warpgroup = warp >> 2, team = TEAMS == 1 ? 0 : warpgroup == 0 ? warp : warpgroup - 1;
   const uint32_t start = (shared_address(shared) + 1023u) & ~1023u, barriers = start + BARRIERS_AT + team * BARRIER_BYTES;
   const Team where = {start + team * TEAM_BYTES, barriers, start + ITEMS_AT + team * (16 * CONSUMERS),
-                      start + TILES_AT + team * (RECORD_BYTES * (STAGES + 1))};
+                      start + TILES_AT + team * TEAM_RECORDS};
   if (warpgroup == 0 && warp < TEAMS && lane == 0) {
     for (int i = 0; i < CONSUMERS; ++i) { barrier_init(Q_FULL(i), 1); barrier_init(Q_EMPTY(i), 4); }
     for (int i = 0; i < STAGES; ++i) {

@@ -6,21 +6,23 @@
 #define CONSUMERS (BLOCK_SIZE == 64 || HEAD_DIM == 64 ? 1 : 2)
 #define TEAMS (CONSUMERS == 2 ? 1 : HEAD_DIM == 64 ? 3 : 2)
 #define BM (64 * CONSUMERS)
-#define BN (CONSUMERS == 2 ? 192 : HEAD_DIM == 64 ? 128 : 64)
+#define BN (HEAD_DIM == 256 ? 64 : CONSUMERS == 2 ? 192 : HEAD_DIM == 64 ? 128 : 64)
 #define PART 64  // keys of one block in a tile
 #define PARTS (BN / PART)
 #define PARTS_PER_BLOCK (BLOCK_SIZE / PART)
 #define STAGES 2
 #define THREADS (128 * (CONSUMERS * TEAMS + 1))
-#define PRODUCER_REGISTERS (TEAMS == 3 ? 32 : BN * HEAD_DIM == 192 * 128 ? 24 : 40)
-#define CONSUMER_REGISTERS (TEAMS == 3 ? 160 : BN * HEAD_DIM == 192 * 128 ? 240 : 232)
+#define PRODUCER_REGISTERS (TEAMS == 3 ? 32 : CONSUMERS == 2 ? 24 : 40)
+#define CONSUMER_REGISTERS (TEAMS == 3 ? 160 : CONSUMERS == 2 ? 240 : 232)
 #define CONSUMER_WARPS (4 * CONSUMERS)
 #define NO_KEYS 0x7fff0000  // a part of a tile that holds nothing
-#define PANELS (HEAD_DIM / 64)
+#define PANELS ((HEAD_DIM + 63) / 64)  // of 64 columns; head_dim 96 leaves half of its second one empty
 #define RECORD_BYTES 48
+#define UNDER_WAY_BYTES (2 * 16 + 128)  // two items, and the first words of the one being walked
+#define TEAM_RECORDS (RECORD_BYTES * STAGES + UNDER_WAY_BYTES)
 
-#define Q_BYTES (64 * HEAD_DIM * 2)
-#define KV_BYTES (BN * HEAD_DIM * 2)
+#define Q_BYTES (64 * PANELS * 128)
+#define KV_BYTES (BN * PANELS * 128)
 #define Q_AT 0
 #define K_AT (Q_AT + CONSUMERS * Q_BYTES)
 #define V_AT (K_AT + STAGES * KV_BYTES)
@@ -29,7 +31,7 @@
 #define BARRIER_BYTES 128
 #define ITEMS_AT (BARRIERS_AT + TEAMS * BARRIER_BYTES)
 #define TILES_AT (ITEMS_AT + TEAMS * 16 * CONSUMERS)
-#define SHARED_BYTES (TILES_AT + TEAMS * RECORD_BYTES * (STAGES + 1) + 1024)
+#define SHARED_BYTES (TILES_AT + TEAMS * TEAM_RECORDS + 1024)
 
 #define Q_FULL(i) (barriers + 8 * (i))  // of consumer i
 #define Q_EMPTY(i) (barriers + 8 * (CONSUMERS + (i)))

@@ -4,7 +4,7 @@
 
 // A tile's record: a word a part {first key of the part, or ~(first row of the compact anchors), or NO_KEYS}; in the fourth word a bit
 // for each part that needs a mask; then, for a part of anchors, two words of unselected blocks.
-// Lane p of the producer's warp looks after part p.
+// Lane p of the producer's warp looks after part p; the last lane keeps the number drawn for the item after the next.
 struct Producer {
   uint32_t base, barriers, tiles;
   int lane, kv_head, first_row_sees;
@@ -18,7 +18,8 @@ struct Producer {
     if (lane < PARTS) {
 #pragma unroll
       for (int panel = 0; panel < PANELS; ++panel)
-        tma_load_panel(to + panel * (BN * 128) + lane * (PART * 128), part < 0 ? anchors : blocks, barrier, panel, part < 0 ? ~part : part, kv_head, L2_EVICT_LAST);
+        tma_load_columns(to + panel * (BN * 128) + (thread_again() & 31) * (PART * 128), part < 0 ? anchors : blocks, barrier, 64 * panel, part < 0 ? ~part : part, kv_head,
+                         L2_EVICT_LAST);
     }
   }
   DEVICE void load_values(const TensorMap* blocks, const TensorMap* anchors) {
@@ -27,7 +28,7 @@ struct Producer {
     v.advance();
   }
   template <class Unselected> DEVICE void load_keys(const TensorMap* blocks, const TensorMap* anchors, Unselected unselected) {
-    if (lane >= filled) part = NO_KEYS;
+    if (lane >= filled && lane < PARTS) part = NO_KEYS;
     const uint32_t masked = __ballot_sync(0xffffffffu, lane < PARTS && (part < 0 || part + PART - 1 > first_row_sees));
     barrier_wait(K_EMPTY(k.stage), k.parity);
     const uint32_t record = tiles + RECORD_BYTES * k.stage;
@@ -57,36 +58,37 @@ struct Producer {
 // Serves items until none is left: of each, Q for every consumer, and its tiles of keys and values.
 DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int team, int lane, int* counter) {
   const uint32_t base = where.base, barriers = where.barriers, items = where.items, tiles = where.tiles;
-  const int group = shape.num_q_heads / shape.num_kv_heads;
   Producer p = {base, barriers, tiles, lane, 0, 0, NO_KEYS, NO_KEYS, 0, 0, {0, 1}, {0, 1}};
   uint32_t q_parity = 1;
   const int chunks = ceil_div(shape.words_per_row, 32);
   // Three items are under way: this one, the next (its mask is being read) and the one after (its number is being drawn).
-  const uint32_t under_way = tiles + RECORD_BYTES * STAGES;  // {head, tile} of this item and of the next; registers are short
-  const auto word_of = [&](uint32_t at, int chunk) {
-    const int head = load_shared(at), q_block = load_shared(at + 4) * BM / BLOCK_SIZE;
-    return selected_word(in.words, shape, head, q_block, 32 * chunk + lane, visible_blocks(shape, q_block));
+  // {head, tile or -1: none, KV head, row of the block mask} of this item and of the next, and this one's words of the mask: there are
+  // 24 registers
+  const uint32_t under_way = tiles + RECORD_BYTES * STAGES, next_item = under_way + 16, first_words = under_way + 32;
+  const auto word_of = [&](uint32_t at, int w) {  // word w of the blocks whose keys the item wants
+    const uint32_t bits = bits_below(w, visible_blocks(shape, load_shared(at + 4) * BM / BLOCK_SIZE));
+    if (in.words == nullptr || bits == 0) return bits;
+    return in.words[(int64_t)load_shared(at + 12) * shape.words_per_row + w] & bits;
   };
   const auto put = [&](uint32_t at, int number) {
-    const int2 x = number < in.num_items ? in.work[number] : make_int2(0, 0);
-    if (lane == 0) {
-      store_shared(at, (uint32_t)x.x);
-      store_shared(at + 4, (uint32_t)x.y);
-    }
+    const int2 x = number < in.num_items ? in.work[number] : make_int2(0, -1);
+    const int kv_head = x.x * shape.num_kv_heads / shape.num_q_heads;
+    const int mask_row = x.x / shape.heads_per_mask * shape.num_q_blocks + max(x.y, 0) * BM / BLOCK_SIZE;
+    if (lane == 0) store_shared(at, make_int4(x.x, x.y, kv_head, mask_row));
     __syncwarp();
   };
-  int item = team * gridDim.x + blockIdx.x;
-  put(under_way, item);
-  uint32_t first_word = word_of(under_way, 0), next_word = 0;
-  int drawn = lane == 0 ? atomicAdd(counter, 1) : 0;
-  int following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
-  put(under_way + 8, following);
-  while (item < in.num_items) {
+  put(under_way, team * gridDim.x + blockIdx.x);
+  store_shared(first_words + 4 * lane, word_of(under_way, lane));  // of this item
+  uint32_t next_word = 0;
+  if (lane == 31) p.part = atomicAdd(counter, 1);
+  put(next_item, __shfl_sync(0xffffffffu, p.part, 31) + gridDim.x * TEAMS);
+  while (load_shared(under_way + 4) >= 0) {
     const int tile_row = load_shared(under_way + 4) * BM;
     // parts that no row of this item sees are left out (of the last block of 128 or 256)
     const int stop = shape.causal ? min(shape.k_len, shape.q_offset + min(shape.q_len, tile_row + BM)) : shape.k_len;
+    const auto word_at = [&](int w) { return w < 32 ? (uint32_t)load_shared(first_words + 4 * w) : word_of(under_way, w); };
     const auto mask_word = [&](int chunk, int rank) {  // blocks whose keys are wanted, or (rank >= 0) whose anchors are
-      const uint32_t selected = chunk == 0 ? first_word : word_of(under_way, chunk);
+      const uint32_t selected = word_at(32 * chunk + lane);
       if (rank < 0) return selected;
       return bits_below(32 * chunk + lane, visible_blocks(shape, load_shared(under_way + 4) * BM / BLOCK_SIZE)) & ~selected;
     };
@@ -104,7 +106,7 @@ DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int
         num_parts += shape.key_anchors * __popc((any | any >> 1) & 0x55555555u);
       }
     }
-    p.kv_head = load_shared(under_way) / group;
+    p.kv_head = load_shared(under_way + 8);
     p.first_row_sees = last_visible_key(shape, tile_row);
     p.sent = 0;
     const auto load_q = [&] {
@@ -116,21 +118,23 @@ DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int
           store_shared(items + 16 * i, make_int4(head, row, ceil_div(num_parts, PARTS), 0));
           if (num_parts) {
             barrier_arrive_expecting(Q_FULL(i), Q_BYTES);
-            tma_load(base + Q_AT + i * Q_BYTES, in.queries, Q_FULL(i), row, head, L2_EVICT_FIRST);
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel)
+              tma_load_columns(base + Q_AT + i * Q_BYTES + panel * (64 * 128), in.queries, Q_FULL(i), 64 * panel, row, head, L2_EVICT_FIRST);
           } else {
             barrier_arrive(Q_FULL(i));
           }
         }
       }
       q_parity ^= 1;
-      next_word = word_of(under_way + 8, 0);
-      if (lane == 0) drawn = atomicAdd(counter, 1);
+      next_word = word_of(next_item, lane);
+      if (lane == 31) p.part = atomicAdd(counter, 1);
     };
     // The keys of a tile, then the values of the one before: the order in which they are used.
     const auto send = [&] {
       p.load_keys(in.keys, in.anchor_keys, [&](int anchor, int i) {
-        const int q_block = load_shared(under_way + 4) * BM / BLOCK_SIZE;
-        return unselected_word(in.words, shape, load_shared(under_way), q_block, anchor % shape.anchor_pitch / 32 + i, visible_blocks(shape, q_block));
+        const int w = anchor % shape.anchor_pitch / 32 + i;
+        return bits_below(w, visible_blocks(shape, load_shared(under_way + 4) * BM / BLOCK_SIZE)) & ~word_of(under_way, w);
       });
       if (p.sent++) p.load_values(in.values, in.anchor_values);
       else load_q();
@@ -147,7 +151,7 @@ DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int
         while (todo) {
           const int w = 31 - __clz(todo);
           todo &= ~(1u << w);
-          uint32_t bits = rank < 0 ? __shfl_sync(0xffffffffu, mine, w) : 1u;
+          uint32_t bits = rank < 0 ? word_at(32 * chunk + w) : 1u;
 #pragma unroll 1
           while (bits) {
             const int bit = 31 - __clz(bits);
@@ -166,14 +170,12 @@ DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int
     }
     if (p.filled) send();
     if (num_parts == 0) load_q();  // nothing to attend to
-    item = following;
-    first_word = next_word;
     __syncwarp();  // all have read what is overwritten now
-    if (lane < 2) store_shared(under_way + 4 * lane, (uint32_t)load_shared(under_way + 8 + 4 * lane));
+    store_shared(first_words + 4 * lane, next_word);
+    if (lane == 0) store_shared(under_way, load_shared4(next_item));
     __syncwarp();
-    following = __shfl_sync(0xffffffffu, drawn, 0) + gridDim.x * TEAMS;
     if (p.sent) p.load_values(in.values, in.anchor_values);
-    put(under_way + 8, following);
+    put(next_item, __shfl_sync(0xffffffffu, p.part, 31) + gridDim.x * TEAMS);
   }
   for (int i = 0; i < CONSUMERS; ++i) {
     barrier_wait(Q_EMPTY(i), q_parity);

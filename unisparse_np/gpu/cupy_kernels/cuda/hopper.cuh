@@ -27,9 +27,9 @@ DEVICE void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int ro
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %3, %5}], [%2], %6;"
                ::"r"(to), "l"((uint64_t)map), "r"(barrier), "r"(0), "r"(row), "r"(head), "l"(policy) : "memory");
 }
-DEVICE void tma_load_panel(uint32_t to, const TensorMap* map, uint32_t barrier, int panel, int row, int head, uint64_t policy) {  // 64 columns
+DEVICE void tma_load_columns(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, int head, uint64_t policy) {  // 64 of them
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
-               ::"r"(to), "l"((uint64_t)map), "r"(barrier), "r"(0), "r"(row), "r"(panel), "r"(head), "l"(policy) : "memory");
+               ::"r"(to), "l"((uint64_t)map), "r"(barrier), "r"(column), "r"(row), "r"(0), "r"(head), "l"(policy) : "memory");
 }
 
 // ---- registers between warpgroups
@@ -80,6 +80,9 @@ WGMMA_SHARED(wgmma_shared_half, "f16", "m64n128k16", 64, OUTPUTS_64, OPERANDS_0_
                  : outputs : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                              \
   }
 WGMMA_REGISTERS("m64n64k16", 32, D32(0), OPERANDS_0_TO_31, "%32, %33, %34, %35", "%36")
+#define OUTPUTS_48 D32(0), D8(32), D8(40)
+#define OPERANDS_32_TO_47 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+WGMMA_REGISTERS("m64n96k16", 48, OUTPUTS_48, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_47, "%48, %49, %50, %51", "%52")
 WGMMA_REGISTERS("m64n128k16", 64, OUTPUTS_64, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_63, "%64, %65, %66, %67", "%68")
 #define OUTPUTS_128 D32(0), D32(32), D32(64), D32(96)
 WGMMA_REGISTERS("m64n256k16", 128, OUTPUTS_128, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_63 ", " OPERANDS_64_TO_127, "%128, %129, %130, %131", "%132")
