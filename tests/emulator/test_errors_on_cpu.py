@@ -120,3 +120,4 @@ def test_the_estimate_of_an_attention_call_is_not_below_what_it_allocates(capabi
         mask = 4 * (np.prod(shapes.words_shape) + np.prod(shapes.words_shape[:2]) + np.prod(shapes.anchors_shape))
         out = 2 * np.prod(shapes.out_shape) + 4 * np.prod(shapes.out_shape[:2])
         assert memory.attention_bytes(problem, 2, sparse=True) >= stages + mask + out
+        assert memory.attention_bytes(problem, 2, sparse=False) >= attend.work_layout(shapes).size + out - 5 * 256  # pieces end on 256

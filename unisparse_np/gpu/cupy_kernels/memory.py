@@ -51,16 +51,17 @@ def holds_not_finite(x: cupy.ndarray) -> cupy.ndarray:
 
 
 def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
-    """At most what one attention call allocates: its output and, where it is sparse, composites, scores, masks and anchors.
+    """At most what one attention call allocates: output, items, anchors side by side; where it is sparse composites, scores, masks.
 
     Composites of the keys are those of a key summary (`summary_bytes`). itemsize: bytes of a number of q, k, v.
     """
     per_query = problem.num_q_heads * (problem.head_dim * itemsize + 4)  # output, log-sum-exp
-    work_items = 32 * problem.num_q_heads * ceil_div(problem.q_len, 64)
-    bytes_needed = per_query * problem.q_len + work_items
+    work_items = problem.num_q_heads * (8 * ceil_div(problem.q_len, 64) + 64 * ceil_div(problem.q_len, 128))  # of attend.work_layout
+    config: UniSparseConfig = problem.config
+    anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks + 128) * config.key_anchors * problem.head_dim * itemsize
+    bytes_needed = per_query * problem.q_len + work_items + anchors
     if not sparse:
         return bytes_needed
-    config: UniSparseConfig = problem.config
     composites = _composite_bytes(problem, queries_alone=True)
     rules = [problem]
     if config.top_p_compress is not None:
@@ -69,8 +70,7 @@ def attention_bytes(problem: Problem, itemsize: int, sparse: bool) -> int:
     blocks = problem.num_composite_heads * problem.num_q_blocks * (problem.num_k_blocks + 32)
     scores = blocks * (5 if config.row_threshold is None else 9)  # mean, mask bits, peak
     sums = max(map(_sum_bytes, rules))
-    anchors = 2 * problem.num_kv_heads * (problem.num_k_blocks + 128) * config.key_anchors * problem.head_dim * itemsize
-    return bytes_needed + composites + scores + sums + anchors
+    return bytes_needed + composites + scores + sums
 
 
 def _composite_bytes(problem: Problem, queries_alone: bool) -> int:
