@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -141,20 +142,22 @@ def launch_kernel(handle: int, x: int, y: int, z: int, threads: int, _y: int, _z
     kernel = Kernel.by_handle[handle]
     Kernel.launched.append(kernel.name)
     if Stream.recording is not None:
-        parameters = _copied_parameters(kernel, at)
+        parameters = copied_parameters(kernel, at)
         Stream.recording.append(lambda: kernel.launch(parameters, -1, x, y, threads, shared))
         return
     kernel.launch(ctypes.c_void_p(at), -1, x, y, threads, shared)
 
 
-def _copied_parameters(kernel: Kernel, at: int) -> Any:
+def copied_parameters(kernel: Kernel, at: int) -> Any:
     """Pointers to a copy of a launch's parameters, as a graph keeps them: the caller packs the next launch's in the same place."""
     launch = importlib.import_module("unisparse_np.gpu.cupy_kernels.launch")
-    _, offsets, size = launch.parameter_layout(launch.signature((Kernel.folder / kernel.file).read_text(), kernel.name))
-    first = ctypes.c_void_p.from_address(at).value
+    types_of = launch.signature((Kernel.folder / kernel.file).read_text(), kernel.name)
+    _, offsets, size = launch.parameter_layout(types_of)
     raw = ctypes.create_string_buffer(size + launch.ALIGNMENT)
     start = ctypes.addressof(raw) + (-ctypes.addressof(raw) % launch.ALIGNMENT)
-    ctypes.memmove(start, first, size)
+    given = (ctypes.c_void_p * len(offsets)).from_address(at)
+    for pointer, offset, kind in zip(given, offsets, types_of, strict=True):
+        ctypes.memmove(start + offset, pointer, struct.calcsize("=" + launch._PARAMETERS[kind][0]))
     pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
     pointers.owner = raw
     return pointers
@@ -274,7 +277,8 @@ def installed(capability: str) -> Iterator[types.ModuleType]:
         backend = importlib.import_module("unisparse_np.gpu.cupy_kernels")
         device = importlib.import_module("unisparse_np.gpu.cupy_kernels.device")
         importlib.import_module("unisparse_np.gpu.cupy_kernels.products").product_plan = product_plan
-        device.driver = lambda: types.SimpleNamespace(cuTensorMapEncodeTiled=encode_tensor_map)
+        libcuda = importlib.import_module("tests.emulator.libcuda_on_cpu")
+        device.driver = lambda: libcuda.Driver
         yield backend
     finally:
         for name in [name for name in sys.modules if name == "cupy" or name.startswith("unisparse_np.gpu.cupy_kernels")]:
@@ -315,7 +319,10 @@ def _module(capability: str) -> types.ModuleType:
     module.RawModule = RawModule  # type: ignore[attr-defined]
     module.get_default_memory_pool = MemoryPool  # type: ignore[attr-defined]
     device = types.SimpleNamespace(compute_capability=capability, attributes=ATTRIBUTES)
-    runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError, getDevice=lambda: 0, memGetInfo=lambda: (1 << 34,) * 2)
+    runtime = types.SimpleNamespace(
+        CUDARuntimeError=RuntimeError, getDevice=lambda: 0, memGetInfo=lambda: (1 << 34,) * 2,
+        streamIsCapturing=lambda _: Stream.recording is not None,
+    )  # fmt: skip
     memory = types.SimpleNamespace(OutOfMemoryError=MemoryError)
     module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
         Device=lambda *_: device,
