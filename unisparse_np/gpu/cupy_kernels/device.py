@@ -141,7 +141,7 @@ def tensor_map(
 
 @lru_cache
 def driver() -> Any:
-    """libcuda, for the one driver call that CuPy does not offer."""
+    """libcuda, for the driver calls that CuPy does not offer."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         library.cuTensorMapEncodeTiled.restype = ctypes.c_int
