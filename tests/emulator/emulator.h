@@ -189,10 +189,8 @@ inline char* at(Block* block, uint32_t address, int bytes) {
 }
 inline int thread_again() { return threadIdx.x; }
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - fibre->block->shared.data()); }
-inline int4 load_once(const void* p);
-inline int4 load_past_l1(const void* p) { return load_once(p); }
-inline int4 load_once(const void* p) { if ((uintptr_t)p & 15) fail("misaligned load"); int4 v; memcpy(&v, p, 16); return v; }
-inline void load_first(int4& v, const void* p, bool wanted) { if (wanted) v = load_once(p); }
+inline int4 load_past_l1(const void* p) { if ((uintptr_t)p & 15) fail("misaligned load"); int4 v; memcpy(&v, p, 16); return v; }
+inline void load_first(int4& v, const void* p, bool wanted) { if (wanted) v = load_past_l1(p); }
 inline void store_shared(uint32_t address, uint32_t v) { memcpy(at(fibre->block, address, 4), &v, 4); }
 inline void store_shared(uint32_t address, int4 v) { if (address & 15) fail("misaligned"); memcpy(at(fibre->block, address, 16), &v, 16); }
 inline int load_shared(uint32_t address) { int v; memcpy(&v, at(fibre->block, address, 4), 4); return v; }

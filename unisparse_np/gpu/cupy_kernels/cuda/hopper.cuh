@@ -65,7 +65,6 @@ template <int N> DEVICE void pin(uint32_t (&r)[N]) {
                  : outputs : "l"(a), "l"(b), "r"(accumulate));                                                         \
   }
 WGMMA_SHARED(wgmma_shared, ELEMENT_TYPE, "m64n64k16", 32, D32(0), OPERANDS_0_TO_31, "%32", "%33", "%34")
-#define D64(i) D32(i), D32(i + 32)
 #define OUTPUTS_64 D32(0), D32(32)
 WGMMA_SHARED(wgmma_shared, ELEMENT_TYPE, "m64n128k16", 64, OUTPUTS_64, OPERANDS_0_TO_31 ", " OPERANDS_32_TO_63, "%64", "%65", "%66")
 #define OUTPUTS_96 D32(0), D32(32), D32(64)

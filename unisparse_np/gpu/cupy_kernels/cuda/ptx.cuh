@@ -83,13 +83,8 @@ DEVICE int4 load_past_l1(const void* p) {  // 16 bytes, past the L1; stays behin
   asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
-DEVICE int4 load_once(const void* p) {  // 16 bytes that this kernel does not write, past the L1
-  int4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
-DEVICE void load_first(int4& v, const void* p, bool wanted) {  // the same, no later than the code says; v stays if not wanted
+// 16 bytes that this kernel does not write, past the L1, no later than the code says; v stays if not wanted.
+DEVICE void load_first(int4& v, const void* p, bool wanted) {
   asm volatile("{\n.reg .pred w;\nsetp.ne.b32 w, %5, 0;\n@w ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((int)wanted));
 }
