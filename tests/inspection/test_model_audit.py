@@ -113,6 +113,8 @@ def test_remedies_leave_out_what_is_on_already() -> None:
     coarse = UniSparseConfig(block_size=128, q_compress=4, k_compress=2, row_threshold=0.02, top_p_compress=128)
     flags = {remedy.flags(coarse) for remedy in remedies_for(coarse)}
     assert "--q-compress 2 --k-compress 1" in flags and "--block-size 64" not in flags  # 128 does not divide 64
+    odd = UniSparseConfig(block_size=90, q_compress=9, k_compress=45, row_threshold=0.02, top_p_compress=90)  # 4 divides none of them
+    assert "--q-compress 3 --k-compress 15" in {remedy.flags(odd) for remedy in remedies_for(odd)}
     assert [config.top_p for config in changed] == [(0.98, 1.0), (0.9, 1.0)] and changed[1].row_threshold == (0.05, 0.1)
 
 

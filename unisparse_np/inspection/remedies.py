@@ -49,7 +49,12 @@ def _closer_to_one(share: float) -> float:
 
 
 def _finer_tokens(config: UniSparseConfig) -> UniSparseConfig:
-    return replace(config, q_compress=max(1, config.q_compress // 2), k_compress=max(1, config.k_compress // 2))
+    return replace(config, q_compress=_next_finer(config.q_compress), k_compress=_next_finer(config.k_compress))
+
+
+def _next_finer(width: int) -> int:
+    """The largest divisor below it, half of an even width: it divides all that the width divides. 1 stays 1."""
+    return max((divisor for divisor in range(1, width) if width % divisor == 0), default=1)
 
 
 def _finer_blocks(config: UniSparseConfig) -> UniSparseConfig:
