@@ -34,7 +34,7 @@ def stamp(*more_libraries: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "python": platform.python_version(),
         "cpu": facts["cpu"],
         "blas": facts["blas"],
@@ -42,6 +42,13 @@ def stamp(*more_libraries: str) -> dict[str, Any]:
         "versions": {"unisparse_np": facts["unisparse_np"], "numpy": facts["libraries"]["numpy"]}
         | {name: metadata.version(name) for name in more_libraries},
     }
+
+
+def command() -> str:
+    """This run, as it is typed in the project's root."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else sys.argv[0]
+    return shlex.join(["python", shown, *sys.argv[1:]])
 
 
 def stamp_of_backend(backend: str) -> dict[str, Any]:
