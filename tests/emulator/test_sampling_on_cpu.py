@@ -14,7 +14,7 @@ from unisparse_np.model.sampling import Sampler
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
 VOCAB = 1500
-SETTINGS = list(itertools.product((0.0, 0.01, 1.3), (0, 1, 40, 5000), (0.3, 1.0), (0.0, 0.2), (1.0, 1.4)))
+SETTINGS = list(itertools.product((0.0, 0.01, 1.3), (0, 1, 40, 5000), (0.31, 1.0), (0.0, 0.2), (1.0, 1.4)))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A batch as one problem: the items' heads one after the other, where the arrays allow that as a view.
 
 Every head is computed alone, and a query head's KV head and composite head lie in its own item, so the results are those of
-single items to the bit.
+single items to the bit; only up to 16 queries, whose keys are shared out over the GPU by the number of heads, add up in another order.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ NULL = np.uint64(0)
 class DeviceSampler:
     """Chooses one token id from logits on the device; the settings, already checked, are those of model.sampling.Sampler.
 
-    It draws the token that Sampler draws for the same logits and seed, except where the random number falls within rounding of a
-    boundary between two tokens. Tokens seen before are kept on the device, for the repetition penalty.
+    It draws the token that Sampler draws for the same logits and seed, except where the random number, or top_p, falls within
+    rounding of a boundary between two tokens. Tokens seen before are kept on the device, for the repetition penalty.
     """
 
     def __init__(
