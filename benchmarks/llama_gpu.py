@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.common import stamp, write_result
 from benchmarks.given_density import LLAMA_3_1_8B, GivenDensity, prompt_of
 
-PREFILL = {8192: 5, 32768: 2, 131072: 0}  # tokens: timed runs after one to warm up; 0: one run, warmed up by the shorter ones
+PREFILL = {8192: 5, 32768: 2, 131072: 1}  # tokens: timed runs after one to warm up; 0: one run, warmed up by the shorter ones
 WARM_UP_TOKENS = 8192  # the end of a long prompt, read to have its kernels compiled
 DENSITIES = (0.5, 0.25, 0.10)
 DECODE_CONTEXTS = (8192, 131072)
