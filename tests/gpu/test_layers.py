@@ -141,7 +141,7 @@ def configs():
 
 
 @pytest.mark.parametrize(
-    "case", configs(), ids=lambda x: f"{x[0].block_size}-{x[0].q_compress}-{x[0].k_compress}-{x[0].head_compress}-d{x[3]}"
+    "case", list(configs()), ids=lambda x: f"{x[0].block_size}-{x[0].q_compress}-{x[0].k_compress}-{x[0].head_compress}-d{x[3]}"
 )
 def test_pooling_is_that_of_compress_to_the_bit(cupy, case):
     config, q_heads, kv_heads, dim, tokens, earlier_blocks = case
