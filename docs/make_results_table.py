@@ -273,7 +273,7 @@ TABLES: list[tuple[str, Table]] = [
         f"llama_gpu_{GPU}",
         Table(
             "How long does an 8B model take on one GPU? Llama-3.1-8B's shape, random bfloat16 weights, batch 1; the density of sparse "
-            "attention is given, because random weights concentrate nothing; transformers with cuDNN's and FlashAttention 2's kernels",
+            "attention is given, because random weights concentrate nothing; transformers with cuDNN's attention",
             {
                 "work": lambda row: row["work"],
                 "tokens": lambda row: f"{row['tokens']:,}",

@@ -30,6 +30,7 @@ Columns = dict[str, Callable[[Row], str]]
 
 
 def interval(ends: list[float], form: str) -> str:
+    """The two ends of an interval as the tables write it."""
     return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
@@ -49,6 +50,7 @@ def earlier(key: str, ends: str, form: str) -> Callable[[Row], str]:
 
 
 def of_text(kind: str) -> Callable[[Row], str]:
+    """A column: the KL over windows of one kind of text, in nats per token."""
     return lambda row: f"{row['kl_by_text'][kind]:.4f}"
 
 
@@ -101,10 +103,12 @@ def page() -> str:
 
 
 def results_of(kind: str) -> list[Path]:
+    """The result files of one kind, shortest prompts first."""
     return sorted(RESULTS.glob(f"selection_rules_{kind}_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
 def section(result: dict[str, Any], prototype: dict[str, dict[str, Row]]) -> str:
+    """The page's section of one result: its title, its table, and how it was measured."""
     columns, stamp = COLUMNS[result["kind"]], result["stamp"]
     found = prototype.get(str(result["length"]), {})
     rows = [row | {"prototype": found.get(row["rule"])} for row in result["rows"]]

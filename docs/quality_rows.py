@@ -38,6 +38,7 @@ def selection_result(name: str) -> dict[str, Any]:
 
 
 def row_of_config(result: dict[str, Any], config: UniSparseConfig) -> Row | None:
+    """The row that was measured with this config, if there is one."""
     return next((row for row in result["rows"] if row["config"] == asdict(config)), None)
 
 

@@ -86,6 +86,7 @@ class Strides(NamedTuple):
 
 
 def strides_of(x: Any) -> Strides:
+    """Distances of heads and of rows in x [H, T, d], in elements."""
     head, row = x.strides[:2]
     return Strides(head // x.itemsize, row // x.itemsize)
 
