@@ -251,6 +251,13 @@ def encode_tensor_map(to: int, _type: int, rank: int, base: Any, sizes: Any, str
     return 0
 
 
+def move_tensor_map(at: int, address: int) -> int:
+    """cuTensorMapReplaceAddress for it."""
+    assert at % 64 == 0 and address % 16 == 0
+    ctypes.c_uint64.from_address(at).value = address
+    return 0
+
+
 def product_plan(rows: int, tokens: int, inner: int, dtype: np.dtype, out_dtype: np.dtype, *_: int) -> Callable[..., None]:
     """What products.product_plan makes, in NumPy: out [tokens, rows] = x [tokens, inner] weight [rows, inner]^T, or added to it."""
 

@@ -14,6 +14,7 @@ class Driver:
     graphs: ClassVar[list[list[int] | None]] = []  # a graph's nodes, None once it is destroyed
     nodes: ClassVar[list[Callable[[], None]]] = []
     cuTensorMapEncodeTiled = staticmethod(cupy_on_cpu.encode_tensor_map)
+    cuTensorMapReplaceAddress = staticmethod(cupy_on_cpu.move_tensor_map)
 
     @staticmethod
     def cuGraphCreate(graph: Any, flags: int) -> int:
@@ -33,12 +34,6 @@ class Driver:
     @staticmethod
     def cuGraphInstantiateWithFlags(executable: Any, graph: Any, flags: Any) -> int:
         executable._obj.value = graph.value
-        return 0
-
-    @staticmethod
-    def cuGraphExecKernelNodeSetParams_v2(executable: Any, node: Any, parameters: Any) -> int:
-        assert node.value in (Driver.graphs[executable.value - 1] or [])
-        Driver.nodes[node.value - 1] = _node(parameters._obj)
         return 0
 
     @staticmethod

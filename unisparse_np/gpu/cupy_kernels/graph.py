@@ -1,6 +1,6 @@
-"""A chain of kernel launches as one CUDA graph whose parameters can be changed: one launch for the host, whatever there is to launch.
+"""A chain of kernel launches as one CUDA graph: one launch for the host, whatever there is to launch.
 
-CuPy captures graphs but does not change their parameters; these are libcuda's own functions.
+Made of the launches' own parameters through libcuda: capturing a stream, as CuPy does, would need one that nobody else uses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NodeParameters(ctypes.Structure):
 
 
 class KernelGraph:
-    """The calls, one after the other. Parameters are copied when the graph is made and by `update`; what is under way keeps its own.
+    """The calls, one after the other, with the parameters that they have when the graph is made.
 
     An executable graph does not run beside itself: launches on several streams wait for each other.
     """
@@ -52,26 +52,16 @@ class KernelGraph:
         graph, node = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuGraphCreate", ctypes.byref(graph), 0)
         weakref.finalize(self, device.driver().cuGraphDestroy, graph)
-        nodes = []
         for n, call in enumerate(calls):
             before, node, count = node, ctypes.c_void_p(), ctypes.c_size_t(min(n, 1))  # of those that come before
             parameters = NodeParameters(
                 call.function, call.columns, call.rows, 1, call.threads, 1, 1, call.shared_bytes, call.parameters, None, None, None
             )
             _call("cuGraphAddKernelNode_v2", ctypes.byref(node), graph, ctypes.byref(before), count, ctypes.byref(parameters))
-            nodes.append((node, parameters))
         self._executable = ctypes.c_void_p()
         _call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
-        self._nodes = [(node, ctypes.byref(parameters)) for node, parameters in nodes]
-        self._set, self._launch = device.driver().cuGraphExecKernelNodeSetParams_v2, device.driver().cuGraphLaunch
+        self._launch = device.driver().cuGraphLaunch
         weakref.finalize(self, device.driver().cuGraphExecDestroy, self._executable)
-
-    def update(self) -> None:
-        """Take the parameters as they are now for the launches to come."""
-        for node, parameters in self._nodes:
-            status = self._set(self._executable, node, parameters)
-            if status:
-                raise _failed("cuGraphExecKernelNodeSetParams", status)
 
     def launch(self, stream: int) -> None:
         """Launch on a stream."""

@@ -1,5 +1,5 @@
 """Launches recorded once and replayed with other addresses: what a call costs the host is then little more than the driver's own time,
-and less once a program that runs again and again has become a CUDA graph.
+and less once a program that runs again and again over the same memory has become a CUDA graph.
 
 A stage describes its launches (`Launch`) from addresses alone. Given real ones they can be made at once; given symbolic ones
 (`base(n)` + offset stands for "the n-th address of a call + offset") they become a Program.
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import cupy
 
-from .device import tensor_map
+from .device import move_tensor_map, tensor_map
 from .graph import Call, KernelGraph, NoRoomForGraph
 from .launch import ALIGNMENT, Launcher
 
 STEP = 1 << 52  # symbolic addresses begin above every real one
-RUNS_BEFORE_GRAPH = 100  # graphs pay for calls of one shape that come again and again; a prompt in chunks makes none
+RUNS_BEFORE_GRAPH = 100  # over the same addresses: the layers of a model each bring others, and single launches cost less than a change
 
 
 class TensorMap(NamedTuple):
@@ -66,8 +66,8 @@ class Program:
     """Recorded launches. Safe from several threads and on any stream: the driver has copied the parameters when `run` returns.
 
     Parameters lie where they stay. Those that are symbolic addresses point into one table, which `run` fills; tensor maps are
-    encoded again only when their address has changed. From the RUNS_BEFORE_GRAPH-th run on they are one graph, whose parameters change
-    where addresses do; a stream that is captured gets single launches, and so does everything where no memory is left for a graph.
+    encoded once, and get another address where it has changed. RUNS_BEFORE_GRAPH runs over the same addresses make it one graph, until
+    they change; a stream that is captured gets single launches, and so does everything where no memory is left for a graph.
     """
 
     def __init__(self, launches: Iterable[Launch]) -> None:
@@ -79,17 +79,16 @@ class Program:
                     self._cells.setdefault(x, len(self._cells))
         room = sum(-(-launch.launcher.size // ALIGNMENT) * ALIGNMENT for launch in self._launches)
         self._memory = ctypes.create_string_buffer(8 * len(self._cells) + room + 2 * ALIGNMENT)
-        self._bytes = memoryview(self._memory).cast("B")
-        self._first = -ctypes.addressof(self._memory) % ALIGNMENT
+        self._bytes, self._start = memoryview(self._memory).cast("B"), ctypes.addressof(self._memory)
+        self._first = -self._start % ALIGNMENT
         self._table = struct.Struct(f"={len(self._cells)}Q")
         self._sources = [(x // STEP - 1, x % STEP) for x in self._cells]
-        self._maps: list[list[Any]] = []  # [source, offset, map, place, address encoded last]
+        self._maps: list[list[Any]] = []  # [source, offset, map, place, address that it has]
         self._calls: list[Call] = []
         self._arrays: list[Any] = []  # of pointers to parameters
         self._addresses: tuple[int, ...] | None = None  # of the last run
-        self._runs = 0
+        self._runs = 0  # over these addresses, before there is a graph
         self._graph: KernelGraph | None = None
-        self._graph_is_current = False
         self._lock = threading.Lock()
         place = self._first + -(-8 * len(self._cells) // ALIGNMENT) * ALIGNMENT
         for launch in self._launches:
@@ -98,7 +97,7 @@ class Program:
 
     def _add(self, launch: Launch, place: int) -> None:
         """Pack a launch's constant parameters from `place` on, and note where the others are to be found."""
-        launcher, start = launch.launcher, ctypes.addressof(self._memory)
+        launcher, start = launch.launcher, self._start
         packed: list[Any] = []
         parameters = (ctypes.c_void_p * len(launch.arguments))()
         for n, (kind, x, offset) in enumerate(zip(launcher.types, launch.arguments, launcher.offsets, strict=True)):
@@ -122,35 +121,35 @@ class Program:
         with self._lock:
             if addresses != self._addresses:
                 self._take(addresses)
-            captured = cupy.cuda.runtime.streamIsCapturing(stream)
-            self._runs += not captured  # a graph is not made while another one is under way
-            if self._runs == RUNS_BEFORE_GRAPH and not captured:
-                self._make_graph()
-            if self._graph is None or captured:
-                for function, columns, rows, threads, shared_bytes, parameters in self._calls:
-                    cupy.cuda.driver.launchKernel(function, columns, rows, 1, threads, 1, 1, shared_bytes, stream, parameters, 0)
+            self._runs += 1
+            if self._runs > RUNS_BEFORE_GRAPH and self._launched_as_graph(stream):
                 return
-            if not self._graph_is_current:
-                self._graph.update()
-                self._graph_is_current = True
-            self._graph.launch(stream)
+            for function, columns, rows, threads, shared_bytes, parameters in self._calls:
+                cupy.cuda.driver.launchKernel(function, columns, rows, 1, threads, 1, 1, shared_bytes, stream, parameters, 0)
 
-    def _make_graph(self) -> None:
-        """From here on one launch for the host, unless the device has no memory left for a graph: the kernels are the same without."""
-        try:
-            self._graph, self._graph_is_current = KernelGraph(self._calls), True
-        except NoRoomForGraph:
-            self._graph = None
+    def _launched_as_graph(self, stream: int) -> bool:
+        """One launch for the host, unless the stream is captured or the device has no memory left for a graph: the kernels are the same."""
+        if cupy.cuda.runtime.streamIsCapturing(stream):
+            return False
+        if self._graph is None:
+            try:
+                self._graph = KernelGraph(self._calls)
+            except NoRoomForGraph:
+                self._runs = 0  # asked again after as many more
+                return False
+        self._graph.launch(stream)
+        return True
 
     def _take(self, addresses: tuple[int, ...]) -> None:
-        """Fill the table, and encode tensor maps whose address has changed."""
-        self._addresses = None  # until all is done: an interrupted call leaves half of it
+        """Fill the table, and give tensor maps their addresses; a graph of other addresses is dropped."""
+        self._addresses, self._graph, self._runs = None, None, 0  # until all is done: an interrupted call leaves half of it
         self._table.pack_into(self._memory, self._first, *[addresses[n] + offset for n, offset in self._sources])
         for entry in self._maps:
             n, offset, rest, place, encoded = entry
             address = addresses[n] + offset
-            if address != encoded:
+            if encoded is None:
                 self._bytes[place : place + 128] = tensor_map(address, *rest)
-                entry[4] = address
+            elif address != encoded:
+                move_tensor_map(self._start + place, address)
+            entry[4] = address
         self._addresses = addresses
-        self._graph_is_current = False
