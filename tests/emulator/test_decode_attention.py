@@ -120,13 +120,14 @@ def test_decode_steps(name):
         decoding.check(sys.modules["cupy"], positions)
 
 
-def test_keys_pooled_one_by_one_are_those_of_the_whole():
-    """Composites and anchors to the bit, past the ends of composites and blocks."""
-    config = UniSparseConfig(64, 8, 8, 2, top_p=0.5, key_anchors=2)
-    decoding = Decoding(config, 2, 2, 64, 200, BFLOAT16, seed=3)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_compress", "key_anchors"), [(2, 2, 2, 2), (20, 1, 1, 3)])
+def test_keys_pooled_one_by_one_are_those_of_the_whole(q_heads, kv_heads, head_compress, key_anchors):
+    """Composites and anchors to the bit, past the ends of composites and blocks; also where a KV head has more rows than one group."""
+    config = UniSparseConfig(64, 8, 8, head_compress, top_p=0.5, key_anchors=key_anchors)
+    decoding = Decoding(config, q_heads, kv_heads, 64, 200, BFLOAT16, seed=3)
     with cupy_on_cpu.installed("90") as backend:
         _, _, (kc, anchors) = decoding.run(sys.modules["cupy"], range(118, 132))[-1]
-        running = backend.RunningKeySummary(config, 2, 2, 64, 200, BFLOAT16)
+        running = backend.RunningKeySummary(config, q_heads, kv_heads, 64, 200, BFLOAT16)
         running.extend(sys.modules["cupy"].asarray(decoding.k[:, :132]))
         whole = running.summary()
         np.testing.assert_array_equal(kc[:, : whole.kc.shape[1]].view(np.uint16), np.asarray(whole.kc).view(np.uint16))
@@ -207,7 +208,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         "for name in ('default, blocks of 64', 'from the first token', 'Top-P with composites of its own'):\n"
         "    tests.test_decode_steps(name)\n"
         "tests.test_a_few_queries('two groups of rows')\n"
-        "tests.test_keys_pooled_one_by_one_are_those_of_the_whole()\n"
+        "tests.test_keys_pooled_one_by_one_are_those_of_the_whole(2, 2, 2, 2)\n"
         "tests.test_equal_blocks_are_kept_in_index_order()\n"
     )
     assert_caught(PLANTED[name], checks, tmp_path)

@@ -27,6 +27,7 @@ ODD_BLOCKS = Problem(4, 2, 300, 300, 20, UniSparseConfig(100, 1, 1, 4, top_p=0.5
 TWO_SIZES = Problem(
     4, 2, 21, 45, 18, UniSparseConfig(12, 3, 2, 2, top_p=0.3, row_threshold=0.2, top_p_compress=6)
 )  # each rule reads its own
+SMALLER_THAN_ANCHORS = Problem(2, 1, 40, 300, 18, UniSparseConfig(4, 2, 2, top_p=0.3, key_anchors=8, sink_blocks=0, local_blocks=0))
 NEGATIVE = Problem(1, 1, 60, 100, 64, UniSparseConfig(64, 8, 8, top_p=0.5), scale=-0.1)
 
 
@@ -45,6 +46,11 @@ def test_composites_of_its_own_for_top_p():
 
 def test_whole_tiles():
     check(WHOLE_TILES, "90", np.float32, seed=2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_with_fewer_keys_than_anchors_are_allowed(causal):
+    check(replace(SMALLER_THAN_ANCHORS, causal=causal, q_offset=None), "90", np.float32, seed=7)
 
 
 def test_sixteen_bit_input_of_other_shapes():

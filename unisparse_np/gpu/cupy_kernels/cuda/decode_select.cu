@@ -57,7 +57,8 @@ DEVICE void add_anchor(Input keys, int head, int newest, int key_anchors, int* a
   if (lane < key_anchors) anchors[lane] = lane < place ? mine : lane == place ? newest : before;
 }
 
-// The newest key's composite, and its place among the anchors of its block, for composite KV head `head`. Composites before it are there.
+// The newest key's composite, and its place among the anchors of its block (null: they are another's to write), for composite KV head
+// `head`. Composites before it are there.
 DEVICE void pool_newest(Input keys, const Shape& shape, int head, uint32_t* kc, int* anchors) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, members = shape.num_kv_heads / shape.num_composite_kv_heads;
   const int newest = shape.k_len - 1, u = newest / shape.k_compress;
@@ -65,13 +66,14 @@ DEVICE void pool_newest(Input keys, const Shape& shape, int head, uint32_t* kc, 
     float mean[8];
     pool(mean, keys, head * members, members, u * shape.k_compress, shape.k_len, nullptr);
     if (lane < LANES_PER_ROW) write_composite(mean, (int64_t)head * shape.num_k_composites + u, lane, kc, nullptr);
-  } else if (shape.key_anchors) {
+  } else if (anchors && shape.key_anchors) {
     for (int m = head * members + warp - 1; m < (head + 1) * members; m += SCORE_WARPS - 1)
       add_anchor(keys, m, newest, shape.key_anchors, anchors + ((int64_t)m * shape.num_k_blocks + newest / BLOCK_SIZE) * shape.key_anchors);
   }
 }
 
-// Grid: (1 + thread blocks that share the closed blocks, Hkc * row groups); thread block 0 pools the newest key and scores its block.
+// Grid: (1 + thread blocks that share the closed blocks, Hkc * row groups); thread block 0 pools the newest key and scores its block. Row
+// groups of one head write the same composite; its anchors, which are read before they are written, are the first group's.
 // kc [Hkc, num_k_composites, d] float16, anchors [Hkv, num_k_blocks, r]: extended by the new key. cells [Hc, pitch]: the maximum of a cell's
 // logits and the sum of 2^(logit - maximum); coarse_cells: the same of coarse keys, where COARSE is not 1.
 // Shared memory: the rows [ROW_TILES][ROWS_BYTES].
@@ -110,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 ||
   };
   if (opens) {
     stage_queries();
-    pool_newest({keys, k_head_stride, k_row_stride}, shape, kv_head, (uint32_t*)kc, anchors);
+    pool_newest({keys, k_head_stride, k_row_stride}, shape, kv_head, (uint32_t*)kc, first_row == 0 ? anchors : nullptr);
     __syncthreads();
     if (first < tiles) load(first);
   } else {

@@ -33,7 +33,7 @@ struct Walk {
     while (filled < KEYS && block < visible) {
       const bool selected = selected_word(words, shape, head, q_block, block >> 5, visible) >> (block & 31) & 1;
       const int first = block * shape.block_size;
-      const int length = selected ? min(shape.block_size, stop - first) : shape.key_anchors;
+      const int length = selected ? min(shape.block_size, stop - first) : min(shape.key_anchors, shape.block_size);
       const int n = min(length - offset, KEYS - filled), mine = thread - filled + offset;
       if (thread >= filled && thread < filled + n) positions[thread] = selected ? first + mine : anchors[block * shape.key_anchors + mine];
       hidden = hidden || (n > 0 && first + shape.block_size > seen_by_all);
