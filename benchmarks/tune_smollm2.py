@@ -18,8 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, SMOLLM2, stamp_of_backend, write_result
-from losses import TEXTS
+from common import RESULTS, SMOLLM2, code, plays, prose, stamp_of_backend, write_result
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
         for file in SMOLLM2.resolve().iterdir():
             if file.name != "unisparse.json":
                 (model / file.name).symlink_to(file)
-        text.write_text("\n\n".join(read() for read in TEXTS.values()), encoding="utf-8")
+        text.write_text("\n\n".join((prose(), code(), plays())), encoding="utf-8")
         found = tune(model, text, RESULTS / f"{name}.jsonl", options)
     density = {"tuned": found["tuned"]["density"]} | {preset: row["density"] for preset, row in found["presets"].items()}
     result = {
