@@ -9,6 +9,7 @@ import pytest
 from tests.other_library import Tensor
 from unisparse_np import BackendUnavailable, InvalidInput, UniSparseConfig, unisparse_attention
 from unisparse_np.attention import choose_backend, load_backend, load_model_backend
+from unisparse_np.problem import KeySummary
 
 CONFIG = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
 
@@ -28,6 +29,12 @@ def test_another_librarys_arrays_come_back_as_their_own_kind(qkv, dtype, config)
     assert type(out) is Tensor and type(lse) is Tensor and out.dtype == dtype
     np.testing.assert_array_equal(out.to_array(), expected)
     np.testing.assert_array_equal(lse.to_array(), expected_lse)
+
+
+def test_a_key_summary_of_another_library(qkv):
+    expected, trace = unisparse_attention(*qkv, CONFIG, return_trace=True)
+    out = unisparse_attention(*map(Tensor, qkv), CONFIG, key_summary=KeySummary(Tensor(trace.kc), Tensor(trace.anchors)))
+    np.testing.assert_array_equal(out.to_array(), expected)
 
 
 def test_a_batch_of_another_library(qkv):

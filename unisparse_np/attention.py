@@ -43,7 +43,8 @@ def unisparse_attention(
         scale: factor on the logits; None for 1 / sqrt(d).
         backend: "auto" (the arrays' own: NumPy and other CPU arrays go to the reference, GPU arrays to CuPy), "reference",
             "numba" or "cupy". Never falls back.
-        key_summary: composite keys and anchors of k that a cache already holds (no batch); k is then not pooled again.
+        key_summary: composite keys and anchors of k that a cache already holds (no batch), arrays of any library; k is then not
+            pooled again.
         return_lse: also return the log-sum-exp [Hq, Lq] (natural log), for merging partial results.
         return_trace: also return the Trace of the call, scores included; a list of them, one an item, for a batch.
 
@@ -67,6 +68,8 @@ def unisparse_attention(
         _check_key_summary(key_summary, problem)
     engine = load_backend(_backend_of(q) if backend == "auto" else backend)
     q_in, k_in, v_in = engine.from_any("q", q), engine.from_any("k", k), engine.from_any("v", v)
+    if key_summary is not None:
+        key_summary = KeySummary(*(engine.from_any(f"key_summary.{name}", x) for name, x in key_summary._asdict().items()))
     for item in zip(q_in, k_in, v_in, strict=True) if batched else [(q_in, k_in, v_in)]:
         engine.check_finite(*item, problem)
     trace: Any

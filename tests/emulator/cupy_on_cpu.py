@@ -32,6 +32,8 @@ ATTRIBUTES = {"MultiProcessorCount": NUM_MULTIPROCESSORS, "MaxSharedMemoryPerBlo
 class MemoryPointer:
     """Device memory: a NumPy array of bytes, from an offset on."""
 
+    device_id = 0
+
     def __init__(self, owner: Any, pointer: int) -> None:
         self.owner, self.ptr = owner, pointer
 

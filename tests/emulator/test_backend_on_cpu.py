@@ -3,6 +3,7 @@
 Few and small problems here, each made to hit what could go wrong; -m slow has more seeds, and bugs planted in the sources.
 """
 
+import functools
 import shutil
 import sys
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 
 from tests.emulator import cupy_on_cpu
 from tests.emulator.planted_bugs import assert_caught
-from unisparse_np import Problem, UniSparseConfig, reference
+from unisparse_np import Problem, UniSparseConfig, reference, unisparse_attention
 from unisparse_np.comparison import TOLERANCES, compare_anchors, compare_masks, compare_outputs, compare_scores
+from unisparse_np.problem import KeySummary
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
@@ -158,6 +160,24 @@ def test_running_key_summary_is_the_summary_of_the_whole():
         cached, _ = backend.run_sparse(q, k, v, problem, running.summary())
         whole, _ = backend.run_sparse(q, k, v, problem)
         np.testing.assert_array_equal(cached, whole)
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("config", [UniSparseConfig(64, 8, 8, 2, top_p=0.3), TWO_SIZES.config], ids=["one size", "two sizes"])
+def test_a_summary_of_any_kind_and_strides(config, capability):
+    """NumPy's arrays, 64-bit positions, float16 composites whose rows are not side by side."""
+    problem = Problem(4, 2, 70, 230, 64, config)
+    q, k, v = inputs(problem, np.float16, seed=8)
+    with cupy_on_cpu.installed(capability) as backend:
+        qc, kc = backend.compress(*map(sys.modules["cupy"].asarray, (q, k)), problem)
+        half = kc.astype(np.float16)
+        by_token = sys.modules["cupy"].ascontiguousarray(half.transpose(1, 0, 2)).transpose(1, 0, 2)
+        anchors = np.asarray(backend.find_anchors(sys.modules["cupy"].asarray(k), 64, 1))
+        for expected, found in zip(*(backend.score_blocks(qc.astype(np.float16), x, problem) for x in (half, by_token)), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        call = functools.partial(unisparse_attention, q, k, v, config, backend="cupy")
+        for composites, positions in ((half, anchors), (np.array(half), anchors.astype(np.int64)), (by_token, anchors)):
+            np.testing.assert_array_equal(call(key_summary=KeySummary(composites, positions)), call())
 
 
 def test_composites_pooled_elsewhere_are_taken_as_they_are():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
-from unisparse_np import BackendUnavailable, Problem, UniSparseConfig, unisparse_attention
+from unisparse_np import BackendUnavailable, InvalidInput, Problem, UniSparseConfig, unisparse_attention
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
@@ -52,6 +52,16 @@ def test_no_device_and_a_driver_older_than_cupys_cuda(error, advice):
         with pytest.raises(BackendUnavailable, match=advice) as found:
             unisparse_attention(x, x, x, backend="cupy")
         assert error in str(found.value)
+
+
+def test_arrays_of_another_gpu_than_the_current_one():
+    """Kernels would run on one and read the other's memory, which takes the process's GPU down."""
+    with cupy_on_cpu.installed("90") as backend:
+        q, k, v = arrays(PROBLEM)
+        assert backend.from_any("q", q) is q
+        sys.modules["cupy"].cuda.runtime.getDevice = lambda: 1
+        with pytest.raises(InvalidInput, match=r"^q lies on GPU 0, but the current device is GPU 1: call inside `with cupy.cuda.Device\(0"):
+            unisparse_attention(q, k, v, backend="cupy")
 
 
 def test_a_driver_without_tensor_maps():

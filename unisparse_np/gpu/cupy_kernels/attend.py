@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cupy
+import numpy as np
 
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
@@ -72,7 +73,7 @@ def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors:
     if mask is not None:
         words, counts, heads_per_mask = mask.words_at, mask.counts_at, mask.heads_per_row
         if anchors is not None and not isinstance(anchors, Room):
-            anchors = cupy.ascontiguousarray(anchors)
+            anchors = cupy.ascontiguousarray(anchors, dtype=np.int32)
         positions = address_of(anchors)
     out, lse = new(plan.out_shape, q.array.dtype), Room(plan.out_shape[:2], FLOAT32)
     memory = allocate(plan.once(work_layout).size)

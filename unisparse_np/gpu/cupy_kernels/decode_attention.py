@@ -42,7 +42,7 @@ def attend_few(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, pla
     dtype of q, lse [Hq, Lq] float32 and the name of the kernel.
     """
     problem = plan.problem
-    anchors = None if mask is None or anchors is None else cupy.ascontiguousarray(anchors)
+    anchors = None if mask is None or anchors is None else cupy.ascontiguousarray(anchors, dtype=np.int32)
     heads_per_mask, key_anchors = (0, 0) if mask is None else (mask.heads_per_row, 0 if anchors is None else anchors.shape[2])
     split = split_of(problem, q.dtype == np.float16, heads_per_mask, key_anchors, cupy.cuda.runtime.getDevice())
     out = cupy.empty((problem.num_q_heads, problem.q_len, problem.head_dim), q.dtype)

@@ -18,7 +18,7 @@ from .device import capability
 from .plan import Plan, plan_of
 from .program import Launch, TensorMap, launch_all
 from .room import Layout, allocate, bytes_of, view
-from .shapes import Rows, contiguous_rows, rows_of, uses_tensor_cores
+from .shapes import Rows, composite_rows, contiguous_rows, uses_tensor_cores
 
 PORTABLE_THREADS, PORTABLE_ROWS, PORTABLE_COLUMNS, PORTABLE_WARP_ROWS = 256, 256, 64, 32  # of scores.cu
 HOPPER_THREADS, HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_STAGES = 640, 256, 128, 4  # of scores_sm90.cu
@@ -55,7 +55,7 @@ def score_units(qc: Any, kc: Any, plan: Plan, *, clear: bool = False) -> tuple[A
     units, peak = score_arrays(memory, layout, plan)
     if clear or plan.once(adds_to_scores):
         clear_scores(units, peak)
-    launch_all(scoring(qc.data.ptr, rows_of(kc), layout.addresses(memory.ptr), plan))
+    launch_all(scoring(qc.data.ptr, composite_rows(kc), layout.addresses(memory.ptr), plan))
     return units, peak
 
 

@@ -133,6 +133,11 @@ def rows_of(x: Any) -> Rows:
     return Rows(x, address, head_bytes // 2, row_bytes // 2)
 
 
+def composite_rows(x: Any) -> Rows:
+    """rows_of composites [H, T, d], whose rows lie side by side: the score kernels are told of the head stride alone."""
+    return rows_of(x if x.strides[1] == x.shape[2] * x.itemsize else x.copy(order="C"))
+
+
 def contiguous_rows(address: int, shape: tuple[int, int, int]) -> Rows:
     """A C-contiguous array of this shape at an address that the caller keeps."""
     return Rows(None, address, shape[1] * shape[2], shape[2])
