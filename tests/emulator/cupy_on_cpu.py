@@ -260,7 +260,7 @@ def move_tensor_map(at: int, address: int) -> int:
     return 0
 
 
-def product_plan(rows: int, tokens: int, inner: int, dtype: np.dtype, out_dtype: np.dtype, *_: int) -> Callable[..., None]:
+def product_plan(rows: int, inner: int, tokens: int, dtype: np.dtype, out_dtype: np.dtype, *_: int) -> Callable[..., None]:
     """What products.product_plan makes, in NumPy: out [tokens, rows] = x [tokens, inner] weight [rows, inner]^T, or added to it."""
 
     def multiply(weight: int, x: int, out: int, add: bool) -> None:

@@ -92,6 +92,16 @@ def test_products(engine, dtype, tokens, inner, rows):
         assert_rounded(x, wide(stream) + expected + (0 if given is None else wide(given)), np.dtype(np.float32), inner)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@every_dtype("tokens", [1, 3], often=2)
+def test_products_behind_a_norm_are_those_of_its_result(engine, dtype, tokens, with_bias):
+    x, norm, weight = normal(7, tokens, 64), normal(8, 64), normal(9, 48, 64, dtype=dtype)
+    bias = normal(10, 48) if with_bias else None
+    expected = engine.linear(engine.rms_norm(x, norm, 1e-5, dtype), weight, bias)
+    np.testing.assert_array_equal(engine.norm_linear(x, norm, 1e-5, weight, bias), expected)
+    np.testing.assert_array_equal(engine.norm_linear_swiglu(x, norm, 1e-5, weight, bias), engine.swiglu(expected))
+
+
 @every_dtype("inner,rows", [(576, 21), (50, 7), (2312, 33), (14336, 3)], often=1)
 def test_fused_products_of_one_token(engine, dtype, inner, rows):
     from unisparse_np.gpu.cupy_kernels import gemv

@@ -111,7 +111,7 @@ def test_memory_that_runs_out_on_the_way_is_one_sentence(folder, engine, monkeyp
     def no_memory(*_):
         raise MemoryError("Out of memory allocating 12 bytes")
 
-    monkeypatch.setattr(engine.layers, "swiglu", no_memory)
+    monkeypatch.setattr(engine.layers, "norm_linear_swiglu", no_memory)
     with pytest.raises(InvalidInput, match=r"memory ran out while 20 tokens were read at once \(Out of memory allocating 12 bytes\)"):
         model.prefill([1] * 20, cache, "dense")
     assert released

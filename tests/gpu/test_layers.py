@@ -73,6 +73,18 @@ def test_products(cupy, dtype, tokens, inner, rows):
 
 
 @DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 130])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_behind_a_norm_are_those_of_its_result(cupy, dtype, tokens, with_bias):
+    layers = engine().layers
+    x, norm, weight = normal(cupy, 7, tokens, 576), normal(cupy, 8, 576), normal(cupy, 9, 3072, 576, dtype=dtype)
+    bias = normal(cupy, 10, 3072) if with_bias else None
+    expected = layers.linear(layers.rms_norm(x, norm, 1e-5, dtype), weight, bias)
+    np.testing.assert_array_equal(layers.norm_linear(x, norm, 1e-5, weight, bias).get(), expected.get())
+    np.testing.assert_array_equal(layers.norm_linear_swiglu(x, norm, 1e-5, weight, bias).get(), layers.swiglu(expected).get())
+
+
+@DTYPES
 @pytest.mark.parametrize(("inner", "rows"), [(50, 7), (576, 1536), (4096, 2048), (14336, 260)])
 def test_fused_products_of_one_token(cupy, dtype, inner, rows):
     from unisparse_np.gpu.cupy_kernels import gemv, overlap

@@ -134,8 +134,8 @@ class ForwardPass:
 
     def _qkv(self, weights: LayerWeights, x: Any) -> Any:
         """x [T, hidden] -> [T, Hq + 2 Hkv, d], before rotary embedding."""
-        normed = self._layers.rms_norm(x, weights.input_norm, self.config.rms_norm_eps, self.dtype)
-        return self._layers.linear(normed, weights.qkv, weights.qkv_bias).reshape(len(x), -1, self.config.head_dim)
+        product = self._layers.norm_linear(x, weights.input_norm, self.config.rms_norm_eps, weights.qkv, weights.qkv_bias)
+        return product.reshape(len(x), -1, self.config.head_dim)
 
     def _norms(self, weights: LayerWeights) -> tuple[Any, Any, float] | None:
         """What q and k are normalised by, head by head, where the family does that."""
@@ -143,8 +143,8 @@ class ForwardPass:
 
     def _gated(self, weights: LayerWeights, x: Any) -> Any:
         """The MLP before its last product: x [T, hidden] -> [T, intermediate]."""
-        normed = self._layers.rms_norm(x, weights.post_attention_norm, self.config.rms_norm_eps, self.dtype)
-        return self._layers.swiglu(self._layers.linear(normed, weights.gate_up, weights.gate_up_bias))
+        norm, eps = weights.post_attention_norm, self.config.rms_norm_eps
+        return self._layers.norm_linear_swiglu(x, norm, eps, weights.gate_up, weights.gate_up_bias)
 
     def _add_product(self, x: Any, y: Any, weight: Any, bias: Any) -> None:
         """x += y W^T + b, in place, of which each tensor-parallel rank has a summand."""

@@ -87,6 +87,16 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     return out
 
 
+def norm_linear(x: np.ndarray, norm: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The product behind a norm: x [T, in], norm [in], weight [out, in], bias [out] -> [T, out]."""
+    return linear(rms_norm(x, norm, eps, x.dtype), weight, bias)
+
+
+def norm_linear_swiglu(x: np.ndarray, norm: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The MLP up to its last product: x [T, in], norm [in], weight [2m, in] and bias [2m], gate first -> [T, m]."""
+    return swiglu(norm_linear(x, norm, eps, weight, bias))
+
+
 def add_linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
     """x += y W^T + b, in place: the residual connection. x [T, out], y [T, in], weight [out, in], bias [out]."""
     x += linear(y, weight, bias)

@@ -22,14 +22,14 @@ from . import gemv, memory
 from .device import kernel, source
 from .launch import Launcher
 from .memory import from_host, holds_not_finite, new_pacer
-from .overlap import address
-from .products import get_ready, product
-from .room import FLOAT32, new
+from .products import get_ready, product, product_at
+from .room import FLOAT32, Layout, allocate, new
 from .rotation import element, rotary_table, rotate_heads
 
 __all__ = [
     "HELD_DTYPES", "add", "add_linear", "compute_dtype", "embedding", "from_host", "get_ready", "head", "held_dtype", "holds_not_finite",
-    "linear", "memory", "merge_heads", "new_pacer", "rms_norm", "rotary_table", "rotate_heads", "swiglu", "to_host", "vector_dtype", "xp",
+    "linear", "memory", "merge_heads", "new_pacer", "norm_linear", "norm_linear_swiglu", "rms_norm", "rotary_table", "rotate_heads",
+    "swiglu", "to_host", "vector_dtype", "xp",
 ]  # fmt: skip
 
 xp = cupy
@@ -70,7 +70,7 @@ def embedding(table: Any, token_ids: Sequence[int] | Any, dtype: np.dtype) -> An
 
 def write_embedding(table: Any, token_ids: Any, x: Any) -> None:
     """The same into x [T, hidden] float32, from token_ids [T] int32 on the device."""
-    _by_rows("embedding", x, table.dtype, (table, token_ids, x))
+    _by_rows("embedding", *x.shape, table.dtype, table.data.ptr, token_ids.data.ptr, x.data.ptr)
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -80,9 +80,47 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         gemv.gemv(weight, x, bias, out)
         return out
     if bias is not None:
-        _by_rows("fill_rows", out, out.dtype, (bias, out))
+        _by_rows("fill_rows", *out.shape, out.dtype, bias.data.ptr, out.data.ptr)
     product(x, weight, out, add=bias is not None)
     return out
+
+
+def norm_linear(x: Any, norm: Any, eps: float, weight: Any, bias: Any = None) -> Any:
+    """linear(rms_norm(x)) with one look at the shapes: x [T, in] and norm [in] float32, weight [out, in], bias [out] -> [T, out]."""
+    if x.shape[0] == 1:
+        return linear(rms_norm(x, norm, eps, weight.dtype), weight, bias)
+    normed = allocate(x.shape[0] * weight.shape[1] * weight.dtype.itemsize)
+    out = new((x.shape[0], weight.shape[0]), weight.dtype)
+    _norm_linear_at(contiguous(x), norm, eps, weight, bias, normed.ptr, out.data.ptr)
+    return out
+
+
+def norm_linear_swiglu(x: Any, norm: Any, eps: float, weight: Any, bias: Any = None) -> Any:
+    """The same with swiglu behind it: weight [2m, in], gate first -> [T, m]."""
+    if x.shape[0] == 1:
+        return swiglu(linear(rms_norm(x, norm, eps, weight.dtype), weight, bias))
+    rows, (width, inner), dtype = x.shape[0], weight.shape, weight.dtype
+    layout = _mlp_layout(rows, inner, width, dtype.itemsize)
+    memory = allocate(layout.size)
+    out = new((rows, width // 2), dtype)
+    normed, gate_up = (memory.ptr + layout.offsets[name] for name in ("normed", "gate_up"))
+    _norm_linear_at(contiguous(x), norm, eps, weight, bias, normed, gate_up)
+    _by_rows("swiglu", rows, width // 2, dtype, gate_up, out.data.ptr)
+    return out
+
+
+@lru_cache(maxsize=256)
+def _mlp_layout(rows: int, inner: int, width: int, itemsize: int) -> Layout:
+    return Layout(normed=rows * inner * itemsize, gate_up=rows * width * itemsize)
+
+
+def _norm_linear_at(x: Any, norm: Any, eps: float, weight: Any, bias: Any, normed: int, out: int) -> None:
+    """linear(rms_norm(x)) of contiguous x to the address out, by way of that of room for [T, in]."""
+    rows, shape, dtype = x.shape[0], weight.shape, weight.dtype
+    _norm_rows(rows, shape[1], dtype, x.data.ptr, norm.data.ptr, eps, normed)
+    if bias is not None:
+        _by_rows("fill_rows", rows, shape[0], dtype, bias.data.ptr, out)
+    product_at(normed, weight.data.ptr, out, rows, shape, dtype, dtype, bias is not None)
 
 
 def add_linear(x: Any, y: Any, weight: Any, bias: Any = None) -> None:
@@ -91,13 +129,14 @@ def add_linear(x: Any, y: Any, weight: Any, bias: Any = None) -> None:
         gemv.gemv_add(weight, y, bias, x)
         return
     if bias is not None:
-        _by_rows("add_bias", x, weight.dtype, (bias, x))
+        _by_rows("add_bias", *x.shape, weight.dtype, bias.data.ptr, x.data.ptr)
     product(y, weight, x, add=True)
 
 
 def add(x: Any, y: Any) -> None:
     """x += y, in place: x [T, n] float32, y [T, n] in any held dtype."""
-    _by_rows("add_rows", x, y.dtype, (contiguous(y), x))
+    y = contiguous(y)
+    _by_rows("add_rows", *x.shape, y.dtype, y.data.ptr, x.data.ptr)
 
 
 def head(x: Any, weight: Any) -> Any:
@@ -112,12 +151,9 @@ def head(x: Any, weight: Any) -> Any:
 
 def rms_norm(x: Any, weight: Any, eps: float, dtype: np.dtype) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight along rows: x [T, n] and weight [n] float32 -> a new [T, n] of dtype."""
-    x = contiguous(x)
-    rows, width = x.shape
+    x, (rows, width) = contiguous(x), x.shape
     out = new((rows, width), np.dtype(dtype))
-    threads = gemv.threads_of(width)
-    launcher = _row_launcher("rms_norm", out.dtype, width, threads, threads // 8, cupy.cuda.runtime.getDevice())
-    launcher(rows, 1, x.data.ptr, weight.data.ptr, float(eps), out.data.ptr)
+    _norm_rows(rows, width, out.dtype, x.data.ptr, weight.data.ptr, eps, out.data.ptr)
     return out
 
 
@@ -125,7 +161,7 @@ def swiglu(gate_up: Any) -> Any:
     """silu(gate) * up = gate / (1 + exp(-gate)) * up: gate_up [T, 2m], gate first -> [T, m]."""
     rows, width = gate_up.shape
     out = new((rows, width // 2), gate_up.dtype)
-    _by_rows("swiglu", out, out.dtype, (gate_up, out))
+    _by_rows("swiglu", *out.shape, out.dtype, gate_up.data.ptr, out.data.ptr)
     return out
 
 
@@ -134,8 +170,8 @@ def merge_heads(out: Any) -> Any:
     heads, tokens, dim = out.shape
     if heads == 1 or tokens == 1 or dim % 8:
         return out.transpose(1, 0, 2).reshape(tokens, heads * dim)
-    merged = new((tokens, heads * dim), out.dtype)
-    _by_rows("merge_heads", merged, out.dtype, (contiguous(out), merged, tokens, dim))
+    out, merged = contiguous(out), new((tokens, heads * dim), out.dtype)
+    _by_rows("merge_heads", tokens, heads * dim, out.dtype, out.data.ptr, merged.data.ptr, tokens, dim)
     return merged
 
 
@@ -154,16 +190,31 @@ def threads_of_row(width: int) -> int:
     return min(ROW_THREADS, ceil_div(width, 256) * 32)
 
 
-def _by_rows(name: str, out: Any, dtype: Any, arguments: tuple[Any, ...]) -> None:
-    """Launch a kernel of layers.cu over out [T, n], each thread 8 neighbours of a row."""
-    rows, width = out.shape
-    threads = threads_of_row(width)
-    launcher = _row_launcher(name, np.dtype(dtype), width, threads, 0, cupy.cuda.runtime.getDevice())
-    launcher(rows, ceil_div(width, 8 * threads), *map(address, arguments))
+def _by_rows(name: str, rows: int, width: int, dtype: np.dtype, *arguments: Any) -> None:
+    """Launch a kernel of layers.cu over rows x width numbers, each thread 8 neighbours of a row."""
+    launcher, columns = _row_launcher(name, dtype, width, cupy.cuda.runtime.getDevice())
+    launcher(rows, columns, *arguments)
 
 
 @lru_cache(maxsize=256)
-def _row_launcher(name: str, dtype: np.dtype, width: int, threads: int, shared: int, device: int) -> Launcher:
-    """A kernel of layers.cu for rows of this width, on the current device, which `device` names."""
+def _row_launcher(name: str, dtype: np.dtype, width: int, device: int) -> tuple[Launcher, int]:
+    """A kernel of layers.cu for rows of this width, on the current device, which `device` names; and thread blocks a row."""
+    threads = threads_of_row(width)
+    return _launcher(name, dtype, width, threads, 0), ceil_div(width, 8 * threads)
+
+
+def _norm_rows(rows: int, width: int, dtype: np.dtype, x: int, weight: int, eps: float, out: int) -> None:
+    """rms_norm from and to addresses."""
+    _norm_launcher(dtype, width, cupy.cuda.runtime.getDevice())(rows, 1, x, weight, float(eps), out)
+
+
+@lru_cache(maxsize=256)
+def _norm_launcher(dtype: np.dtype, width: int, device: int) -> Launcher:
+    """A thread block works on a whole row."""
+    threads = gemv.threads_of(width)
+    return _launcher("rms_norm", dtype, width, threads, threads // 8)
+
+
+def _launcher(name: str, dtype: np.dtype, width: int, threads: int, shared: int) -> Launcher:
     function = kernel("layers.cu", name, shared, **element(dtype), WIDTH=width, THREADS=threads)
     return Launcher(function, source("layers.cu"), name, threads, shared)

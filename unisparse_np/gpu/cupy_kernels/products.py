@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -39,16 +40,21 @@ def product(x: Any, weight: Any, out: Any, *, add: bool) -> None:
     """
     if not x.flags.c_contiguous:
         x = cupy.ascontiguousarray(x)
-    tokens, inner = x.shape
-    addresses = weight.data.ptr, x.data.ptr, out.data.ptr
-    bits = addresses[0] | addresses[1] | addresses[2] | LARGEST_ALIGNMENT
-    product_plan(weight.shape[0], tokens, inner, weight.dtype, out.dtype, bits & -bits, cupy.cuda.runtime.getDevice())(*addresses, add)
+    product_at(x.data.ptr, weight.data.ptr, out.data.ptr, x.shape[0], weight.shape, weight.dtype, out.dtype, add)
+
+
+def product_at(
+    x: int, weight: int, out: int, tokens: int, shape: tuple[int, int], dtype: np.dtype, out_dtype: np.dtype, add: bool
+) -> None:  # fmt: skip
+    """The same from and to addresses. tokens: T; shape (out, in) and dtype of the weight."""
+    bits = weight | x | out | LARGEST_ALIGNMENT
+    product_plan(*shape, tokens, dtype, out_dtype, bits & -bits, cupy.cuda.runtime.getDevice())(weight, x, out, add)
 
 
 @lru_cache(maxsize=1024)
-def product_plan(rows: int, tokens: int, inner: int, dtype: np.dtype, out_dtype: np.dtype, alignment: int, device: int) -> ProductPlan:
+def product_plan(rows: int, inner: int, tokens: int, dtype: np.dtype, out_dtype: np.dtype, alignment: int, device: int) -> ProductPlan:
     """The plan of a shape on the current device, which `device` names; all addresses are multiples of `alignment` bytes."""
-    return ProductPlan(rows, tokens, inner, _TYPES[dtype], _TYPES[out_dtype], alignment)
+    return ProductPlan(rows, inner, tokens, _TYPES[dtype], _TYPES[out_dtype], alignment)
 
 
 class ProductPlan:
@@ -57,17 +63,17 @@ class ProductPlan:
     cuBLAS counts columns first: there out^T [out, T] = W [out, in] x^T [in, T], and every matrix here is its own transpose there.
     """
 
-    def __init__(self, rows: int, tokens: int, inner: int, kind: int, out_kind: int, alignment: int) -> None:
+    def __init__(self, rows: int, inner: int, tokens: int, kind: int, out_kind: int, alignment: int) -> None:
         library, self._handle = _library(), _handle(cupy.cuda.runtime.getDevice())
         self._matmul = library.cublasLtMatmul
-        self._operation = _made(library.cublasLtMatmulDescCreate, COMPUTE_32F, _TYPES[np.dtype(np.float32)])
+        self._operation = self._own("MatmulDesc", COMPUTE_32F, _TYPES[np.dtype(np.float32)])
         transposed = ctypes.c_int(1)
         _check(library.cublasLtMatmulDescSetAttribute(self._operation, TRANSPOSE_A, ctypes.byref(transposed), ctypes.c_size_t(4)))
         self._weight, self._x, self._out = (
-            _made(library.cublasLtMatrixLayoutCreate, t, ctypes.c_uint64(n), ctypes.c_uint64(columns), ctypes.c_int64(n))
+            self._own("MatrixLayout", t, ctypes.c_uint64(n), ctypes.c_uint64(columns), ctypes.c_int64(n))
             for t, n, columns in ((kind, inner, rows), (kind, inner, tokens), (out_kind, rows, tokens))
         )
-        preference = _made(library.cublasLtMatmulPreferenceCreate)
+        preference = self._own("MatmulPreference")
         wishes = [(MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES)), (REDUCTION_SCHEMES, ctypes.c_uint32(SUMS_IN_FLOAT32))]
         wishes += [(FIRST_ALIGNMENT + n, ctypes.c_uint32(alignment)) for n in range(NUM_ALIGNMENTS)]
         for attribute, value in wishes:
@@ -80,17 +86,23 @@ class ProductPlan:
                 self._handle, self._operation, *layouts, preference, 1, ctypes.byref(self._found), ctypes.byref(count)
             )
         )
-        library.cublasLtMatmulPreferenceDestroy(preference)
         if count.value == 0 or self._found.status:
             raise BackendUnavailable(
                 f"cuBLASLt has no way to multiply [{tokens}, {inner}] by [{inner}, {rows}] on this GPU: update CuPy's CUDA libraries, "
                 "or use backend='reference'"
             )
-        self._algorithm = ctypes.addressof(self._found)
+        self._algorithm, self._workspace_bytes = ctypes.addressof(self._found), self._found.workspace_bytes
+
+    def _own(self, kind: str, *arguments: Any) -> ctypes.c_void_p:
+        """One of cuBLASLt's objects, destroyed together with this plan."""
+        library = _library()
+        made = _made(getattr(library, f"cublasLt{kind}Create"), *arguments)
+        weakref.finalize(self, getattr(library, f"cublasLt{kind}Destroy"), made).atexit = False  # the library may be gone by then
+        return made
 
     def __call__(self, weight: int, x: int, out: int, add: bool) -> None:
         """The product on the current stream, from and to these addresses."""
-        size, beta = self._found.workspace_bytes, _ONE if add else _ZERO
+        size, beta = self._workspace_bytes, _ONE if add else _ZERO
         workspace = cupy.cuda.alloc(size) if size else None
         _check(
             self._matmul(
@@ -101,7 +113,7 @@ class ProductPlan:
 
 
 def _made(create: Any, *arguments: Any) -> ctypes.c_void_p:
-    """What one of cuBLASLt's functions makes. It lives as long as the process: there is one a shape."""
+    """What one of cuBLASLt's functions makes."""
     made = ctypes.c_void_p()
     _check(create(ctypes.byref(made), *arguments))
     return made
@@ -116,7 +128,7 @@ def _check(status: int) -> None:
 
 @lru_cache
 def _handle(device: int) -> ctypes.c_void_p:
-    """cuBLASLt's handle of the current device, which `device` names; any number of threads may use it."""
+    """cuBLASLt's handle of the current device, which `device` names, for as long as the process lives; any number of threads may use it."""
     return _made(_library().cublasLtCreate)
 
 

@@ -59,6 +59,16 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     return out if bias is None else out + bias
 
 
+def norm_linear(x: np.ndarray, norm: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The product behind a norm: x [T, in], norm [in], weight [out, in], bias [out] -> [T, out]."""
+    return linear(rms_norm(x, norm, eps, x.dtype), weight, bias)
+
+
+def norm_linear_swiglu(x: np.ndarray, norm: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The MLP up to its last product: x [T, in], norm [in], weight [2m, in] and bias [2m], gate first -> [T, m]."""
+    return swiglu(norm_linear(x, norm, eps, weight, bias))
+
+
 def add_linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
     """x += y W^T + b, in place: the residual connection."""
     x += linear(y, weight, bias)
