@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from make_results_table import command_of, device_of
+from result_tables.tables import command_of, grid, machine_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,11 +113,8 @@ def section(result: dict[str, Any], prototype: dict[str, dict[str, Row]]) -> str
     found = prototype.get(str(result["length"]), {})
     rows = [row | {"prototype": found.get(row["rule"])} for row in result["rows"]]
     title = TITLES[result["kind"]].format(length=result["length"], items=max(row["items"] for row in rows))
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(write(row) for write in columns.values()) + " |" for row in rows]
-    where = device_of(stamp) or f"{stamp['cpu']['name']}, {stamp['cpu']['cores']} cores"
-    text = f"\n## {title}\n\n" + "\n".join(lines)
-    text += f"\n\n{agreement(rows, columns)}Measured {stamp['date']} on {where}, by `{command_of(stamp)}`.\n"
+    text = f"\n## {title}\n\n{grid(columns, rows)}\n{agreement(rows, columns)}"
+    text += f"Measured {stamp['date']} on {machine_of(result)}, by `{command_of(stamp)}`.\n"
     return text + (solved_tasks(result) if result["kind"] == "needles" else "")
 
 

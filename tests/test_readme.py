@@ -1,8 +1,11 @@
-"""What README.md promises: its two commands, its code, its links, its tables."""
+"""What README.md and the pages of docs promise: two commands, code that runs, links that lead somewhere, tables of the results."""
 
 import re
 import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +29,54 @@ def test_its_code_runs(code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "ALGORITHM.md", "examples/needle-llama/README.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "ALGORITHM.md", "examples/needle-llama/README.md"]
+PAGES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings can be linked by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
-    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (path.parent / target).exists(), f"{page} links to {target}, which is not there"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), f"{page} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(file), f"{page} links to {target}#{anchor}, and there is no such heading"
 
 
-def test_the_tables_are_those_of_the_results() -> None:
-    assert runpy.run_path(str(ROOT / "docs" / "make_results_table.py"))["with_results"](README) == README, "run `make docs`"
+@pytest.fixture(scope="module")
+def results_table() -> Iterator[dict[str, Any]]:
+    path = list(sys.path)
+    yield runpy.run_path(str(ROOT / "docs" / "make_results_table.py"))
+    sys.path[:] = path
+
+
+def test_the_tables_are_those_of_the_results(results_table: dict[str, Any]) -> None:
+    assert results_table["with_results"](README) == README, "run `make docs`"
+    assert results_table["page"]() == (ROOT / "docs" / "measured.md").read_text(encoding="utf-8"), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "values, less_is_better, verdict",
+    [
+        ((1.2, 1.3), False, "goal"),
+        ((1.2, 1.05), False, "yes"),
+        ((1.2, 0.9), False, "**no**"),
+        ((0.9, 1.0), True, "goal"),
+        ((1.0, 1.3), True, "**no**"),
+        ((1.2, None), False, "not measured"),
+    ],
+)
+def test_a_figure_reaches_what_was_asked_of_all_its_cases(
+    results_table: dict[str, Any], values: tuple[float | None, ...], less_is_better: bool, verdict: str
+) -> None:
+    figures = sys.modules["result_tables.figures"]
+    asked, goal = ((1.1, 1.1), (1.0, 1.0)) if less_is_better else ((1.0, 1.0), (1.1, 1.1))
+    figure = figures.Figure("work", (), lambda: values, asked, goal, less_is_better=less_is_better)
+    assert figures.reached({"figure": figure, "values": values}) == verdict

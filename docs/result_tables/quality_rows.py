@@ -1,4 +1,4 @@
-"""Rows of README's tables on what sparse attention loses: rules of selection side by side, and what `tune` found."""
+"""Rows of the tables on what sparse attention loses: rules of selection side by side, and what `tune` found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from unisparse_np.config import PRESETS, UniSparseConfig
 from unisparse_np.evaluation.intervals import mean_estimate
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 Row = dict[str, Any]
 
