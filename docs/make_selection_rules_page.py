@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from result_tables.tables import command_of, grid, machine_of
+from result_tables.prototype import MEASURES, agreement_of, in_words
+from result_tables.tables import Columns, Row, command_of, grid, machine_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,11 +23,10 @@ takes; [ ] are 95% intervals. Why the rules are what they are, and what else was
 
 *Prototype* is what a PyTorch version of [ALGORITHM.md](../ALGORITHM.md) measured on one H100 before this code was there, on other
 windows (prose, plays, policy text and code; 12, or 2 where marked °) and other questions:
-[selection_rules_prototype.json](../benchmarks/results/selection_rules_prototype.json). In **bold** where it lies outside the interval.
+[selection_rules_prototype.json](../benchmarks/results/selection_rules_prototype.json). Its figure is a mean over a sample of its own, so
+the two agree where their difference could be chance: where it is at most half the width of our interval times sqrt(1 + n / m), for means
+over n items here and m there that spread alike. In **bold** where it is more, in *italics* where it only lies outside our own interval.
 """
-
-Row = dict[str, Any]
-Columns = dict[str, Callable[[Row], str]]
 
 
 def interval(ends: list[float], form: str) -> str:
@@ -34,17 +34,17 @@ def interval(ends: list[float], form: str) -> str:
     return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-def earlier(key: str, ends: str, form: str) -> Callable[[Row], str]:
+def earlier(form: str) -> Callable[[Row], str]:
     """The prototype's figure, if it has one, and its density."""
 
     def write(row: Row) -> str:
-        found = row["prototype"]
-        if not found:
+        agreement = row["agreement"]
+        if agreement is None:
             return ""
-        low, high = row[ends]
-        figure = f"{found[key]:{form}}" + ("°" if found.get("windows") == 2 else "")
-        figure = figure if low <= found[key] <= high else f"**{figure}**"
-        return figure + (f" at {found['density']:.3f}" if "density" in found else "")
+        figure = f"{agreement.prototype:{form}}" + ("°" if row["prototype"]["items"] == 2 else "")
+        mark = "" if agreement.inside_ours else "*" if agreement.agrees else "**"
+        density = row["prototype"].get("density")
+        return f"{mark}{figure}{mark}" + (f" at {density:.3f}" if density is not None else "")
 
     return write
 
@@ -54,18 +54,17 @@ def of_text(kind: str) -> Callable[[Row], str]:
     return lambda row: f"{row['kl_by_text'][kind]:.4f}"
 
 
+TEXTS = ("prose", "code", "plays", "licences")
 COLUMNS: dict[str, Columns] = {
     "text": {
         "rule": lambda row: row["rule"],
         "KL from dense, per token": lambda row: f"{row['kl']:.4f} {interval(row['kl_interval'], '.4f')}",
-        "prose": of_text("prose"),
-        "code": of_text("code"),
-        "plays": of_text("plays"),
+        **{kind: of_text(kind) for kind in TEXTS},
         "same likeliest token": lambda row: f"{row['top1']:.3f}",
         "rise of the loss, nats": lambda row: f"{row['nll_rise']:+.4f}",
         "density": lambda row: f"{row['density']:.3f}",
         "selection": lambda row: f"{row['selection']:.3f}",
-        "prototype": earlier("kl", "kl_interval", ".4f"),
+        "prototype": earlier(".4f"),
     },
     "copy": {
         "rule": lambda row: row["rule"],
@@ -73,7 +72,7 @@ COLUMNS: dict[str, Columns] = {
         "all 32 tokens right": lambda row: f"{row['exact']:.3f} (dense {row['exact_dense']:.3f})",
         "density": lambda row: f"{row['density']:.3f}",
         "selection": lambda row: f"{row['selection']:.3f}",
-        "prototype": earlier("nll_over_dense", "nll_interval", "+.3f"),
+        "prototype": earlier("+.3f"),
     },
     "needles": {
         "rule": lambda row: row["rule"],
@@ -84,11 +83,11 @@ COLUMNS: dict[str, Columns] = {
         "answers worse than dense": lambda row: f"{row['worse_than_dense']} of {row['items']}",
         "density": lambda row: f"{row['density']:.3f}",
         "selection": lambda row: f"{row['selection']:.3f}",
-        "prototype": earlier("share_of_dense", "share_interval", ".3f"),
+        "prototype": earlier(".3f"),
     },
 }
 TITLES = {
-    "text": "SmolLM2-135M-Instruct, {length:,} tokens: {items} windows of prose, code and plays",
+    "text": "SmolLM2-135M-Instruct, {length:,} tokens: {items} windows of {texts}",
     "copy": "SmolLM2-135M-Instruct, {length:,} tokens: {items} quotations of 32 tokens from far back, after a cue of 48",
     "needles": "needle-llama, {length:,} tokens: {items} questions of its 14 tasks",
 }
@@ -109,20 +108,22 @@ def results_of(kind: str) -> list[Path]:
 
 def section(result: dict[str, Any], prototype: dict[str, dict[str, Row]]) -> str:
     """The page's section of one result: its title, its table, and how it was measured."""
-    columns, stamp = COLUMNS[result["kind"]], result["stamp"]
+    kind = result["kind"]
     found = prototype.get(str(result["length"]), {})
     rows = [row | {"prototype": found.get(row["rule"])} for row in result["rows"]]
-    title = TITLES[result["kind"]].format(length=result["length"], items=max(row["items"] for row in rows))
-    text = f"\n## {title}\n\n{grid(columns, rows)}\n{agreement(rows, columns)}"
-    text += f"Measured {stamp['date']} on {machine_of(result)}, by `{command_of(stamp)}`.\n"
-    return text + (solved_tasks(result) if result["kind"] == "needles" else "")
+    rows = [row | {"agreement": agreement_of(row, row["prototype"], MEASURES[kind])} for row in rows]
+    texts = texts_of(rows)
+    columns = {name: write for name, write in COLUMNS[kind].items() if name not in TEXTS or name in texts}
+    words = " and ".join([", ".join(texts[:-1]), texts[-1]]) if texts else ""
+    title = TITLES[kind].format(length=result["length"], items=max(row["items"] for row in rows), texts=words)
+    text = f"\n## {title}\n\n{grid(columns, rows)}\n" + in_words({row["rule"]: row["agreement"] for row in rows if row["agreement"]})
+    text += f"Measured {result['stamp']['date']} on {machine_of(result)}, by `{command_of(result['stamp'])}`.\n"
+    return text + (solved_tasks(result) if kind == "needles" else "")
 
 
-def agreement(rows: list[Row], columns: Columns) -> str:
-    """In how many rows the prototype's figure lies inside the interval."""
-    figures = [columns["prototype"](row) for row in rows if row["prototype"]]
-    outside = sum(figure.startswith("**") for figure in figures)
-    return f"The prototype's figure lies inside the interval in {len(figures) - outside} of {len(figures)} rows. " if figures else ""
+def texts_of(rows: list[Row]) -> list[str]:
+    """The kinds of text that every row was measured on."""
+    return [kind for kind in TEXTS if all(kind in row.get("kl_by_text", {}) for row in rows)]
 
 
 def solved_tasks(result: dict[str, Any]) -> str:
