@@ -87,6 +87,25 @@ def test_a_call_with_few_queries_takes_these_kernels():
     assert launched == ["compress", "score_tiles", "merge_scores", "decode_attention"]
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_large_batch_of_single_queries_takes_as_many_items_at_once_as_the_device_has_room_for(dense):
+    """Four groups of rows on the stand-in's two multiprocessors: two items of two KV heads."""
+    problem = Problem(4, 2, 1, 150, 64, UniSparseConfig(64, top_p=0.5))
+    items = [random_arrays(problem, np.float16, seed) for seed in range(5)]
+    with cupy_on_cpu.installed("90") as backend:
+        q, k, v = (sys.modules["cupy"].stack([item[n] for item in items]) for n in range(3))
+        cupy_on_cpu.Kernel.launched.clear()
+        out, lse, traces = backend.run_batch(q, k, v, problem, dense=dense, keep_scores=False)
+        assert cupy_on_cpu.Kernel.launched.count("decode_attention") == 3
+        assert out.shape == q.shape and lse.shape == (5, 4, 1) and len(traces) == 5
+        for n, item in enumerate(items):
+            run = backend.run_dense if dense else backend.run_sparse
+            alone, trace = run(*map(sys.modules["cupy"].asarray, item), problem)
+            np.testing.assert_allclose(out[n].astype(np.float32), alone.astype(np.float32), atol=2e-3)
+            np.testing.assert_allclose(lse[n], trace.lse, atol=1e-3)
+            assert dense or (traces[n].mask == trace.mask).all()
+
+
 STEPS = {
     "dense": (Decoding("dense", 4, 2, 64, 300, BFLOAT16), (100, 101, 150, 299)),
     "dense from the first token": (Decoding("dense", 8, 1, 64, 100, np.float16), (0, 1, 17)),

@@ -7,12 +7,14 @@ single items to the bit; only up to 16 queries, whose keys are shared out over t
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import cupy
 
 from ...problem import Problem
 from ...trace import Trace
+from .decode_attention import resident_thread_blocks, row_groups, splits_keys
 from .plan import plan_of
 from .run import DeviceTrace, run_dense, run_sparse
 from .select import BlockMask
@@ -25,16 +27,28 @@ def run_batch(q: Any, k: Any, v: Any, problem: Problem, *, dense: bool, keep_sco
 
     -> out [batch, Hq, Lq, d] in their dtype, lse [batch, Hq, Lq], and each item's Trace.
     """
-    batch = q.shape[0]
-    if not all(map(folds, (q, k, v))) or batch * problem.num_q_heads > MOST_HEADS:
-        results = [_run(*item, problem, dense, keep_scores) for item in zip(q, k, v, strict=True)]
-        traces = [trace for _, trace in results]
-        return cupy.stack([out for out, _ in results]), cupy.stack([trace.lse for trace in traces]), traces
+    batch, together = q.shape[0], items_together(problem, q.dtype) if all(map(folds, (q, k, v))) else 1
+    if batch > together:
+        parts = (slice(n, n + together) for n in range(0, batch, together))
+        results = [run_batch(q[part], k[part], v[part], problem, dense=dense, keep_scores=keep_scores) for part in parts]
+        outs, lses, traces = zip(*results, strict=True)
+        return cupy.concatenate(outs), cupy.concatenate(lses), [trace for part in traces for trace in part]
     whole = of_batch(problem, batch)
     q_heads, k_heads, v_heads = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     out, trace = _run(q_heads, k_heads, v_heads, whole, dense, keep_scores)
     lse = trace.lse.reshape(batch, problem.num_q_heads, problem.q_len)
     return out.reshape(q.shape), lse, split(trace, lse, problem, batch)
+
+
+def items_together(problem: Problem, dtype: Any) -> int:
+    """Items that one call takes: no grid has more rows than it may, and of a few queries every group of rows has room on the device.
+
+    Each thread block of decode_attention.cu keeps something of every group in its shared memory.
+    """
+    most = MOST_HEADS // (problem.num_q_heads + problem.num_kv_heads)
+    if splits_keys(problem, dtype):
+        most = min(most, resident_thread_blocks(problem) // row_groups(problem))
+    return max(1, most)
 
 
 def _run(q: Any, k: Any, v: Any, problem: Problem, dense: bool, keep_scores: bool) -> tuple[Any, Trace]:
@@ -46,6 +60,7 @@ def folds(x: Any) -> bool:
     return x.shape[0] == 1 or x.shape[1] == 1 or x.strides[0] == x.shape[1] * x.strides[1]
 
 
+@lru_cache(maxsize=256)
 def of_batch(problem: Problem, batch: int) -> Problem:
     """The problem of `batch` items of this one, their heads one after the other."""
     config = problem.config

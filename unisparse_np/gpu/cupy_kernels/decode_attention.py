@@ -63,12 +63,10 @@ class Split:
     """One problem's launch: the kernel, its grid and its memory. Masks have a row for heads_per_mask query heads; 0 is dense."""
 
     def __init__(self, problem: Problem, is_float16: bool, heads_per_mask: int, key_anchors: int) -> None:
-        rows = problem.group_size * problem.q_len
-        row_tiles = 1 if rows <= 8 or problem.head_dim > 128 else 2
+        row_tiles = row_tiles_of(problem)
         self.rows = 8 * row_tiles  # that a thread block serves
-        self.groups = problem.num_kv_heads * ceil_div(rows, self.rows)
-        resident = 2 if row_tiles == 1 and problem.head_dim <= 128 else 1  # thread blocks a multiprocessor
-        self.grid = max(self.groups, num_multiprocessors() * resident)
+        self.groups = row_groups(problem)
+        self.grid = max(self.groups, resident_thread_blocks(problem))
         self.shape = shape_of(problem, max(1, heads_per_mask), key_anchors)
         self.head_dim = problem.head_dim
         self.list_room = blocks_per_thread_block(problem, self.groups, self.grid) if heads_per_mask else 0
@@ -104,6 +102,21 @@ class Split:
         strides = (*element_strides(q), *element_strides(k), *element_strides(v))
         arguments = (q, k, v, out, lse, *strides, self.shape, position, words, anchors, np.int32(self.list_room), *workspace)
         launch(self.function, FILE, "decode_attention", (self.grid, 1), THREADS, self.shared, arguments, overlap)
+
+
+def row_tiles_of(problem: Problem) -> int:
+    """ROW_TILES of decode_attention.cu: eights of query rows that a thread block serves."""
+    return 1 if problem.group_size * problem.q_len <= 8 or problem.head_dim > 128 else 2
+
+
+def row_groups(problem: Problem) -> int:
+    """Groups of query rows, each of which needs a thread block of its own."""
+    return problem.num_kv_heads * ceil_div(problem.group_size * problem.q_len, 8 * row_tiles_of(problem))
+
+
+def resident_thread_blocks(problem: Problem) -> int:
+    """Thread blocks that the current device holds at once."""
+    return num_multiprocessors() * (2 if row_tiles_of(problem) == 1 and problem.head_dim <= 128 else 1)
 
 
 @lru_cache(maxsize=256)
