@@ -13,7 +13,7 @@ from unisparse_np.attention import attend
 from unisparse_np.evaluation.candidates import RANGES, Kind, Trial
 from unisparse_np.evaluation.cost import modelled_cost, selection_share
 from unisparse_np.evaluation.divergence import divergence
-from unisparse_np.evaluation.head_curves import FACTORS, HeadCurves, balanced_factors, measure_head_curves
+from unisparse_np.evaluation.head_curves import FACTORS, HeadBalance, HeadCurves, balanced_factors, measure_head_curves
 from unisparse_np.evaluation.probe import Probe, Prober, prefill_seconds, time_tells
 from unisparse_np.evaluation.results import ResultsFile
 from unisparse_np.evaluation.search import Search, fit_of, layer_groups
@@ -115,20 +115,20 @@ def test_both_rules_are_found_where_they_are_best() -> None:
 def test_what_is_sensitive_gets_less_looseness_where_that_pays(model: MadeUpModel) -> None:
     search = search_of(model)
     per_head = search.run()[0]
-    assert per_head.kind.factors is not None
-    factors = np.array(per_head.kind.factors)  # [layers, heads]
+    assert per_head.kind.heads is not None
+    factors = np.array(per_head.kind.heads.factors(per_head.looseness))  # [layers, heads]
     if model.heads[0] == model.heads[1]:
         assert factors[:4].max() < factors[4:].min()
     else:
         assert factors[:, 0].max() < factors[:, 1].min()
-    common = next(fit for fit in search.ranked() if fit.kind.factors is None)
+    common = next(fit for fit in search.ranked() if fit.kind.heads is None)
     assert per_head.cost < 0.97 * common.cost
 
 
 def test_alike_heads_stay_alike() -> None:
     search = search_of(MadeUpModel(), 0.02)
     settled, _ = settle(search.run(), MadeUpModel(), 0.02)
-    assert settled is not None and settled.fit.kind.factors is None
+    assert settled is not None and settled.fit.kind.heads is None
 
 
 def test_held_out_windows_decide() -> None:
@@ -193,13 +193,32 @@ def test_factors_leave_out_most_at_the_same_loss() -> None:
     assert np.array(balanced_factors(alike, [1.0, 1.0])) == pytest.approx(1.0)
 
 
+def test_heads_are_balanced_anew_for_a_stricter_bound() -> None:
+    """Two heads whose losses grow as a square and as a square root: a smaller loss tightens the second more."""
+    at = np.array(FACTORS)
+    densities = np.broadcast_to(0.5 - 0.1 * np.log(at), (1, 2, len(at)))
+    curves = HeadCurves(np.stack([at**2, at**0.5])[None], densities)  # [1, heads, factors]
+    balance = HeadBalance(curves, [1.0], looseness=0.05)
+    kind = Kind(rule="row_threshold", heads=balance)
+    for looseness in (0.05, 0.0125):
+        common = looseness / 0.05
+        (factors,) = np.array(balance.factors(looseness))
+        loss, bound = factors[0] ** 2 + factors[1] ** 0.5, common**2 + common**0.5
+        assert loss == pytest.approx(bound, rel=0.1) and 2 * factors[0] ** 2 == pytest.approx(0.5 * factors[1] ** 0.5, rel=0.2)  # Lagrange
+        (layer,) = kind.attention(looseness)  # type: ignore[misc]
+        assert layer.row_threshold == pytest.approx(0.05 * factors, rel=0.01)
+        assert kind.head_values(looseness) == [layer.row_threshold]
+    first, second = np.log(factors) - np.log(balance.factors(0.05)[0])
+    assert second < 2 * first < 0
+
+
 def test_kinds_become_configs() -> None:
     assert Kind().attention(0.05) == UniSparseConfig()
     precise = Kind(block_size=64, q_compress=2, k_compress=4, rule="row_threshold")
     assert precise.attention(0.02) == UniSparseConfig.precise()
-    layers = precise.with_factors([[0.5, 1.0], [2.0, 1.0]]).attention(0.02)
-    assert [layer.row_threshold for layer in layers] == [(0.01, 0.02), (0.04, 0.02)]  # type: ignore[union-attr]
-    of_both = Kind(64, 4, 2, rule="both").with_factors([[1.0, 2.0]]).attention(0.05)[0]  # type: ignore[index]
+    assert precise.head_values(0.02) is None
+    assert precise.config(0.02, [0.5, 1.0]).row_threshold == (0.01, 0.02)
+    of_both = Kind(64, 4, 2, rule="both").config(0.05, [1.0, 2.0])
     assert of_both.top_p == (0.95, 0.9) and of_both.row_threshold == (0.02, 0.04)
     both = Kind(64, 4, 2, rule="both")
     assert both.attention(0.05) == UniSparseConfig(64, 4, 2, top_p=0.95, row_threshold=0.02, top_p_compress=8)

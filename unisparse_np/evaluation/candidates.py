@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..config import PerHead, UniSparseConfig
+from .head_curves import HeadBalance
 from .probe import Probe
 
 Rule = Literal["top_p", "row_threshold", "both"]
@@ -38,7 +39,7 @@ class Kind:
     """Everything of a config but the strictness of its rule. Looseness is 1 - P, or tau; more of it drops more blocks.
 
     With both rules looseness is 1 - P, and tau goes with it.
-    factors: one a head in each layer, by which its looseness differs from the common one; None: all alike.
+    heads: gives each head a looseness of its own, all together the loss of the common one; None: all alike.
     """
 
     block_size: int = 128
@@ -46,13 +47,13 @@ class Kind:
     k_compress: int = 8
     key_anchors: int = 1
     rule: Rule = "top_p"
-    factors: tuple[tuple[float, ...], ...] | None = None
+    heads: HeadBalance | None = None
 
     def attention(self, looseness: float) -> UniSparseConfig | list[UniSparseConfig]:
         """The config, or one a layer."""
-        if self.factors is None:
+        if self.heads is None:
             return self.config(looseness)
-        return [self.config(looseness, of_heads) for of_heads in self.factors]
+        return [self.config(self.heads.looseness, of_heads) for of_heads in self.heads.factors(looseness)]
 
     def value(self, looseness: float) -> float:
         """P or tau, to three digits of looseness, inside its range."""
@@ -60,14 +61,17 @@ class Kind:
         rounded = float(f"{min(max(looseness, limits.lowest), limits.highest):.3g}")
         return rounded if self.rule == "row_threshold" else round(1 - rounded, 6)
 
+    def head_values(self, looseness: float) -> list[tuple[float, ...]] | None:
+        """P or tau of every head, [layers][Hq]; None where all have the kind's."""
+        if self.heads is None:
+            return None
+        return [tuple(self.value(self.heads.looseness * factor) for factor in of_heads) for of_heads in self.heads.factors(looseness)]
+
     @property
     def top_p_compress(self) -> int | None:
         """Coarse composites for Top-P where both rules are on and those of the kind are finer."""
         coarse = math.lcm(COARSE, self.q_compress, self.k_compress)
         return None if self.rule != "both" or coarse == self.q_compress == self.k_compress else coarse
-
-    def with_factors(self, factors: Sequence[Sequence[float]]) -> Kind:
-        return replace(self, factors=tuple(tuple(of_heads) for of_heads in factors))
 
     def config(self, looseness: float, of_heads: Sequence[float] | None = None) -> UniSparseConfig:
         """The config of a layer; of_heads: a factor each on the looseness."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,8 +73,25 @@ def visible_blocks(first: int, tokens: int, block_size: int) -> int:
     return sum((first + min(tokens, start + block_size) - 1) // block_size + 1 for start in range(0, tokens, block_size))
 
 
-def balanced_factors(curves: HeadCurves, weights: Sequence[float]) -> list[tuple[float, ...]]:
-    """Each head's factor on the common looseness, so that as many blocks as possible are left out at the common looseness's loss.
+@dataclass(frozen=True, eq=False)
+class HeadBalance:
+    """What each head gets at any looseness. looseness: the common one around which the curves were taken; weights: one a layer."""
+
+    curves: HeadCurves
+    weights: Sequence[float]
+    looseness: float
+
+    def factors(self, looseness: float) -> list[tuple[float, ...]]:
+        """On `self.looseness`, each head's [layers][Hq]: the fewest blocks at the loss of all heads at a common `looseness`.
+
+        Scaling all of them alike would lose more: heads whose error grows slowly have more to give at a stricter bound.
+        """
+        return balanced_factors(self.curves, self.weights, looseness / self.looseness)
+
+
+def balanced_factors(curves: HeadCurves, weights: Sequence[float], common_factor: float = 1.0) -> list[tuple[float, ...]]:
+    """Each head's factor on the looseness of the curves, so that as many blocks as possible are left out at the loss which all heads
+    have at `common_factor`.
 
     The loss is the sum of all heads' errors times their layer's weight; blocks are fewest at a given loss where every head
     minimises loss + mu density with the same mu (Lagrange), which bisection finds.
@@ -82,7 +100,7 @@ def balanced_factors(curves: HeadCurves, weights: Sequence[float]) -> list[tuple
     errors = _between(np.log(np.maximum(curves.errors, 1e-30)), at)
     losses = np.exp(errors) * np.asarray(weights)[:, None, None]  # [layers, Hq, steps]
     densities = _between(curves.densities, at)
-    common = losses[..., _STEPS // 2].sum()
+    common = np.exp(np.interp(np.log(common_factor), np.log(at), np.log(np.maximum(losses.sum(axis=(0, 1)), 1e-30))))
     low, high = np.log(common) - 30.0, np.log(common) + 30.0  # of log mu; more of it, more loss
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -19,7 +19,7 @@ from ..attention import AttentionConfig
 from ..config import UniSparseConfig
 from ..model.llama import Attention
 from .candidates import RANGES, Fit, Kind, Trial
-from .head_curves import FACTORS, HeadCurves, balanced_factors
+from .head_curves import FACTORS, HeadBalance, HeadCurves
 from .probe import Probe
 
 Measure = Callable[[Attention], Probe]
@@ -94,7 +94,7 @@ class Search:
         A group of layers that is sparse alone shows its own loss; its heads share it as their errors stand to each other.
         """
         best = self.best
-        if not best.reaches or best.kind.factors is not None:
+        if not best.reaches or best.kind.heads is not None:
             return None
         curves = self.curves(lambda factor: best.kind.config(best.looseness * factor))
         errors = curves.errors[..., FACTORS.index(1.0)].sum(axis=1)  # [layers]
@@ -103,7 +103,7 @@ class Search:
             loss = max(_SMALLEST_KL, self.measure(self._only(config, group)).kl)
             for layer in group:
                 weights[layer] = loss / max(1e-30, float(errors[list(group)].sum()))
-        return self.fit(best.kind.with_factors(balanced_factors(curves, weights)))
+        return self.fit(replace(best.kind, heads=HeadBalance(curves, weights, best.looseness)))
 
     def _only(self, config: UniSparseConfig, group: Sequence[int]) -> list[AttentionConfig]:
         """Sparse in one group of layers, dense in all others: its own part of the loss."""

@@ -40,8 +40,8 @@ def settle(fits: Sequence[Fit], measure: Measure, max_kl: float) -> tuple[Settle
 
 def worthwhile(fits: Sequence[Fit]) -> list[Fit]:
     """The fits worth trying: those that reach the bound, values per head only where they pay; where none does, the first."""
-    common = [fit for fit in fits if fit.kind.factors is None]
-    kept = [fit for fit in fits if fit.reaches and (fit.kind.factors is None or pays(fit, common[0]))]
+    common = [fit for fit in fits if fit.kind.heads is None]
+    kept = [fit for fit in fits if fit.reaches and (fit.kind.heads is None or pays(fit, common[0]))]
     return kept[:_MOST_FITS] or list(fits[:1])
 
 

@@ -20,7 +20,8 @@ def plain_fit(fit: Fit) -> dict[str, Any]:
         "block_size": fit.kind.block_size, "q_compress": fit.kind.q_compress, "k_compress": fit.kind.k_compress,
         "top_p_compress": fit.kind.top_p_compress,
         "key_anchors": fit.kind.key_anchors, "rule": fit.kind.rule, "value": fit.kind.value(fit.looseness),
-        "head_factors": fit.kind.factors, "keeps_the_bound": fit.reaches, "density": fit.density, "cost": fit.cost,
+        "head_values": fit.kind.head_values(fit.looseness),
+        "keeps_the_bound": fit.reaches, "density": fit.density, "cost": fit.cost,
         "probes": [{"value": fit.kind.value(trial.looseness), "kl": trial.probe.kl, "cost": trial.probe.cost} for trial in fit.trials],
     }  # fmt: skip
 
@@ -44,7 +45,7 @@ def fits_table(fits: Sequence[Fit], max_kl: float) -> str:
         value, density, cost = figures if fit.reaches else ("-", "-", f"KL {min(t.probe.kl for t in fit.trials):.4f}")
         rows.append(
             [kind.rule, value, str(kind.block_size), str(kind.q_compress), str(kind.k_compress), str(kind.key_anchors),
-             "alike" if kind.factors is None else "each", f"{selection:.3f}", density, cost]
+             "alike" if kind.heads is None else "each", f"{selection:.3f}", density, cost]
         )  # fmt: skip
     return f"Search windows, read off where KL reaches {max_kl:g}\n" + table(heads, rows)
 
@@ -73,7 +74,7 @@ def composites_answer(fits: Sequence[Fit]) -> str:
     """Which composite sizes are best for this model, in one line: of the kinds that differ in nothing else, the largest group."""
     groups: dict[tuple, list[Fit]] = {}
     for fit in fits:
-        if fit.kind.factors is None and fit.reaches:
+        if fit.kind.heads is None and fit.reaches:
             groups.setdefault((fit.kind.block_size, fit.kind.rule, fit.kind.key_anchors), []).append(fit)
     if not groups:
         return "No composite size keeps the bound."
