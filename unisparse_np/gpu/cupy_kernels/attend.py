@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import cupy
-import numpy as np
 
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
@@ -18,7 +16,7 @@ from .plan import Plan, plan_of
 from .program import Launch, TensorMap, base
 from .room import FLOAT32, Layout, Room, address_of, allocate, array_of, new
 from .select import BlockMask, from_bool
-from .shapes import Rows, aligned, anchor_pitch, check_dtype, is_float16, rows_of, uses_tensor_cores
+from .shapes import Rows, aligned, anchor_pitch, check_dtype, is_float16, positions, rows_of, uses_tensor_cores
 
 L2_SECTION_BYTES = 32 << 20  # keys and values worked on at a time: they stay in the L2 of an A100, H100 or H200
 HOPPER_HEAD_DIMS = (64, 96, 128, 256)
@@ -68,25 +66,25 @@ def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: P
 def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors: Any, plan: Plan) -> Attended:
     problem, of_float16 = plan.problem, is_float16(q.array.dtype)
     on_hopper = _on_hopper(problem)
-    words = counts = positions = 0
+    words = counts = anchors_at = 0
     heads_per_mask = 1
     if mask is not None:
         words, counts, heads_per_mask = mask.words_at, mask.counts_at, mask.heads_per_row
         if anchors is not None and not isinstance(anchors, Room):
-            anchors = cupy.ascontiguousarray(anchors, dtype=np.int32)
-        positions = address_of(anchors)
+            anchors = positions(anchors)
+        anchors_at = address_of(anchors)
     out, lse = new(plan.out_shape, q.array.dtype), Room(plan.out_shape[:2], FLOAT32)
     memory = allocate(plan.once(work_layout).size)
-    key = (attending, q[2:], k[2:], v[2:], heads_per_mask, words != 0, positions != 0, of_float16, on_hopper)
+    key = (attending, q[2:], k[2:], v[2:], heads_per_mask, words != 0, anchors_at != 0, of_float16, on_hopper)
     program = plan.programs.get(key)
     if program is None:
         some_q, some_k, some_v = (Rows(None, base(n), x.head_stride, x.row_stride) for n, x in enumerate((q, k, v)))
         launches = attending(
             some_q, some_k, some_v, base(3), base(4), base(5), base(6) if words else 0, base(7) if counts else 0,
-            base(8) if positions else 0, heads_per_mask, plan, of_float16, on_hopper,
+            base(8) if anchors_at else 0, heads_per_mask, plan, of_float16, on_hopper,
         )  # fmt: skip
         program = plan.record(key, launches)
-    program.run(q.address, k.address, v.address, out.data.ptr, lse.address, memory.ptr, words, counts, positions)
+    program.run(q.address, k.address, v.address, out.data.ptr, lse.address, memory.ptr, words, counts, anchors_at)
     return Attended(out, lse, kernel_name(problem.head_dim, problem.config.block_size, on_hopper, of_float16))
 
 

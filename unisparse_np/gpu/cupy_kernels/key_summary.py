@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -13,7 +13,20 @@ from ...errors import InvalidInput
 from ...problem import KeySummary, Problem, ceil_div
 from .compress import pool
 from .plan import plan_of
+from .room import INT32, new
 from .shapes import composite_dtype
+
+
+class Places(NamedTuple):
+    """Where composites [Hkc, .., d] and anchors [Hkv, .., r] of keys belong: the first one's address and from head to head, in elements."""
+
+    composites: int
+    composites_stride: int
+    anchors: int  # 0: none are kept
+    anchors_stride: int
+
+
+NO_PLACES = Places(0, 0, 0, 0)
 
 
 class RunningKeySummary:
@@ -39,42 +52,51 @@ class RunningKeySummary:
         self.length = 0
         self.kv_heads_per_composite = shape.kv_heads_per_composite
         self._heads = num_q_heads, num_kv_heads
-        self._held = composite_dtype(shape, np.dtype(dtype))
-        self._kc = cupy.empty((shape.num_composite_kv_heads, shape.num_k_composites, head_dim), self._held)
-        self._anchors = cupy.empty((num_kv_heads, shape.num_k_blocks, config.key_anchors), np.int32)
-        self._open_block: Any = None  # keys [Hkv, n < block_size, d] of the block that is not full
+        self._held = np.dtype(composite_dtype(shape, np.dtype(dtype)))
+        self._kc = new((shape.num_composite_kv_heads, shape.num_k_composites, head_dim), self._held)
+        self._anchors = new((num_kv_heads, shape.num_k_blocks, config.key_anchors), INT32)
+        self._recent: Any = None  # keys [Hkv, T, d] that end with those of the block that is not full
 
     def extend(self, k_new: Any) -> None:
         """Take in the next keys: k_new [Hkv, T, d]. Raises InvalidInput when they do not fit."""
         self._require_room(k_new.shape[1])
         if k_new.shape[1] == 0:
             return
-        recent = k_new if self._open_block is None else cupy.concatenate([self._open_block, k_new], axis=1)
+        left = self.length % self.config.block_size
+        recent = cupy.concatenate([self._recent[:, self._recent.shape[1] - left :], k_new], axis=1) if left else k_new
         first = self.length // self.config.block_size * self.config.block_size  # position of recent's first key
         problem = Problem(*self._heads, 1, recent.shape[1], recent.shape[2], self.config)
         pooled = pool(None, recent, plan_of(problem), self._held, with_keys=True, with_anchors=True)
-        room = self._places(first, recent.shape[1])
+        room = self._views(first, recent.shape[1])
         room.kc[...] = pooled.kc
         if pooled.anchors is not None:
             room.anchors[...] = cupy.where(pooled.anchors < 0, np.int32(-1), pooled.anchors + np.int32(first))
-        self._count(k_new.shape[1], recent)
-        if self._open_block is not None:
-            self._open_block = self._open_block.copy()  # the caller's array may change
+        self.length += k_new.shape[1]
+        left = self.length % self.config.block_size
+        self._recent = recent[:, recent.shape[1] - left :].copy() if left else None  # the caller's array may change
 
-    def room(self, tokens: int) -> KeySummary | None:
-        """Where composites and anchors of the next keys belong, as views; None when the keys so far end inside a block."""
+    def room(self, tokens: int) -> Places | None:
+        """Where composites and anchors of the next keys belong; None when the keys so far end inside a block."""
         if self.length % self.config.block_size:
             return None
         self._require_room(tokens)
-        return self._places(self.length, tokens)
+        (_, composites, dim), (_, blocks, anchors) = self._kc.shape, self._anchors.shape
+        first_composite, first_anchor = self.length // self.config.k_compress * dim, self.length // self.config.block_size * anchors
+        return Places(
+            self._kc.data.ptr + first_composite * self._held.itemsize,
+            composites * dim,
+            self._anchors.data.ptr + first_anchor * INT32.itemsize if anchors else 0,
+            blocks * anchors,
+        )
 
     def took(self, k_new: Any) -> None:
         """`room` for these next keys, k_new [Hkv, T, d], has been filled: they now count. k_new is of a cache: it stays as it is."""
-        self._count(k_new.shape[1], k_new)
+        self.length += k_new.shape[1]
+        self._recent = k_new
 
     def summary(self) -> KeySummary:
         """kc [Hkc, Tk, d] and anchors [Hkv, Nk, r] of the keys so far: views, valid until the next extend."""
-        return self._places(0, self.length)
+        return self._views(0, self.length)
 
     def whole(self) -> KeySummary:
         """All room for composites and anchors, [Hkc, .., d] and [Hkv, .., r]: a decode step's kernels keep it up by themselves.
@@ -83,23 +105,21 @@ class RunningKeySummary:
         """
         return KeySummary(self._kc, self._anchors)
 
-    def _places(self, first: int, tokens: int) -> KeySummary:
-        """Views of the composites and blocks of `tokens` keys from position `first` on, which begins a block."""
+    def _views(self, first: int, tokens: int) -> KeySummary:
+        """The composites and blocks of `tokens` keys from position `first` on, which begins a block."""
         width, size = self.config.k_compress, self.config.block_size
-        composites, blocks = ceil_div(tokens, width), ceil_div(tokens, size)
         return KeySummary(
-            self._kc[:, first // width : first // width + composites], self._anchors[:, first // size : first // size + blocks]
+            _rows(self._kc, first // width, ceil_div(tokens, width)), _rows(self._anchors, first // size, ceil_div(tokens, size))
         )
 
     def _require_room(self, tokens: int) -> None:
         if self.length + tokens > self.capacity:
             raise InvalidInput(f"{self.length + tokens} keys do not fit a key summary of capacity {self.capacity}: reserve more")
 
-    def _count(self, tokens: int, recent: Any) -> None:
-        """`tokens` more keys are in; recent [Hkv, T, d] ends with them and holds all of the last block that is not full."""
-        self.length += tokens
-        left = self.length % self.config.block_size
-        self._open_block = recent[:, recent.shape[1] - left :] if left else None
+
+def _rows(x: Any, start: int, count: int) -> Any:
+    """x[:, start : start + count], and x itself where that is all of it: a view takes the host 2 us."""
+    return x if count == x.shape[1] else x[:, start : start + count]
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ...config import UniSparseConfig
 from ...problem import Problem, ceil_div
 from .device import kernel, source
+from .key_summary import NO_PLACES, Places
 from .launch import Launcher
 from .overlap import OverlappingLauncher, address
 from .room import FLOAT32, new
@@ -70,7 +71,7 @@ def rotate_heads(
     rotation = rotation_of(heads - 2 * kv_heads, kv_heads, tokens, dim, qkv.dtype, config if isinstance(config, UniSparseConfig) else None)
     room = summary.room(tokens) if rotation.pools and summary is not None else None
     q_composites = new(rotation.q_composites, FLOAT16) if rotation.pools else None
-    rotation.launch(qkv, table, norms, None, (q, k_room, v_room), q_composites, room, summary)
+    rotation.launch(qkv, table, norms, None, (q, k_room, v_room), q_composites, room or NO_PLACES, summary)
     if room is not None:
         summary.took(k_room)
     elif summary is not None:
@@ -78,17 +79,10 @@ def rotate_heads(
     return q, q_composites
 
 
-class Strides(NamedTuple):
-    """Of an array [H, .., d]: from head to head and from row to row, in elements."""
-
-    head: int
-    row: int
-
-
-def strides_of(x: Any) -> Strides:
-    """Distances of heads and of rows in x [H, T, d], in elements."""
-    head, row = x.strides[:2]
-    return Strides(head // x.itemsize, row // x.itemsize)
+def strides_of(x: Any) -> tuple[int, int]:
+    """From head to head and from row to row of x [H, T, d], in elements."""
+    head, row, element = x.strides
+    return head // element, row // element
 
 
 class Rotation:
@@ -121,24 +115,19 @@ class Rotation:
         self._launchers: dict[bool, Launcher] = {}  # by whether anchors are looked for
 
     def launch(
-        self, qkv: Any, table: Any, norms: Any, position: Any, outputs: tuple[Any, Any, Any], q_composites: Any = None, room: Any = None,
-        summary: Any = None,
+        self, qkv: Any, table: Any, norms: Any, position: Any, outputs: tuple[Any, Any, Any], q_composites: Any = None,
+        room: Places = NO_PLACES, summary: Any = None,
     ) -> None:  # fmt: skip
         """qkv [T, Hq + 2 Hkv, d] -> outputs (q [Hq, T, d], k and v [Hkv, .., d], written from row position on).
 
-        room: places of the keys' composites and anchors, or None.
+        room: places of the keys' composites and anchors.
         """
         q, k, v = outputs
         q_norm, k_norm, eps = (0, 0, 0.0) if norms is None else (norms[0].data.ptr, norms[1].data.ptr, float(norms[2]))
-        composites = anchors = (0, 0)  # address and head stride
-        if room is not None:
-            composites = room.kc.data.ptr, room.kc.strides[0] // 2
-            if self._config.key_anchors:
-                anchors = room.anchors.data.ptr, room.anchors.strides[0] // 4
-        launcher = self._launchers.get(anchors[0] != 0) or self._new_launcher(anchors[0] != 0)
+        launcher = self._launchers.get(room.anchors != 0) or self._new_launcher(room.anchors != 0)
         launcher(
             *self._grid, qkv.data.ptr, table.data.ptr, q_norm, k_norm, eps, *self._counts, address(position), q.data.ptr, k.data.ptr,
-            v.data.ptr, *strides_of(k), *strides_of(v), address(q_composites), *composites, *anchors, self._config.key_anchors,
+            v.data.ptr, *strides_of(k), *strides_of(v), address(q_composites), *room, self._config.key_anchors,
             0 if summary is None else summary.length,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ from .program import Launch, base
 from .room import INT32, Layout, Room, address_of, allocate, array_of, view
 from .scores import adds_to_scores, as_shares, clear_scores, score_arrays, score_sizes, scoring, scoring_in_one_pass, selects_at_once
 from .select import BlockMask, empty_mask, select_words, selecting, shares, to_bool
-from .shapes import NO_ROWS, Rows, check_dtype, composite_rows, contiguous_rows, is_float16, rows_of, uses_tensor_cores
+from .shapes import NO_ROWS, Rows, check_dtype, composite_rows, contiguous_rows, is_float16, positions, rows_of, uses_tensor_cores
 
 
 class DeviceTrace(Trace):
@@ -121,7 +121,7 @@ def _select(
     else:
         keys, kc = NO_ROWS, composite_rows(to_half(key_summary.kc, plan))
         if plan.problem.config.key_anchors:
-            anchors = cupy.ascontiguousarray(key_summary.anchors, dtype=np.int32)
+            anchors = positions(key_summary.anchors)
     mask = empty_mask(plan)
     memory = allocate(layout.size if key_summary is None else layout.offsets["kc"])
     if keep_scores or plan.once(adds_to_scores):
