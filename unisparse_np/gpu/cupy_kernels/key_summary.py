@@ -46,15 +46,15 @@ class RunningKeySummary:
     def __init__(
         self, config: UniSparseConfig, num_q_heads: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: Any = np.float16
     ) -> None:
-        shape = _shape_of(num_q_heads, num_kv_heads, max(1, capacity), head_dim, config)
+        sizes = _sizes_of(num_q_heads, num_kv_heads, max(1, capacity), head_dim, config, np.dtype(dtype))
         self.config = config
         self.capacity = capacity
         self.length = 0
-        self.kv_heads_per_composite = shape.kv_heads_per_composite
+        self.kv_heads_per_composite = sizes.kv_heads_per_composite
         self._heads = num_q_heads, num_kv_heads
-        self._held = np.dtype(composite_dtype(shape, np.dtype(dtype)))
-        self._kc = new((shape.num_composite_kv_heads, shape.num_k_composites, head_dim), self._held)
-        self._anchors = new((num_kv_heads, shape.num_k_blocks, config.key_anchors), INT32)
+        self._held = sizes.held
+        self._kc = new(sizes.composites, sizes.held)
+        self._anchors = new(sizes.anchors, INT32)
         self._recent: Any = None  # keys [Hkv, T, d] that end with those of the block that is not full
 
     def extend(self, k_new: Any) -> None:
@@ -122,7 +122,19 @@ def _rows(x: Any, start: int, count: int) -> Any:
     return x if count == x.shape[1] else x[:, start : start + count]
 
 
+class Sizes(NamedTuple):
+    """Of a summary: shapes of composites and anchors, the dtype of composites, and KV heads averaged into one of them."""
+
+    composites: tuple[int, ...]
+    anchors: tuple[int, ...]
+    held: np.dtype
+    kv_heads_per_composite: int
+
+
 @lru_cache(maxsize=64)
-def _shape_of(num_q_heads: int, num_kv_heads: int, capacity: int, head_dim: int, config: UniSparseConfig) -> Problem:
-    """Sizes of a summary, worked out once for all layers."""
-    return Problem(num_q_heads, num_kv_heads, q_len=1, k_len=capacity, head_dim=head_dim, config=config)
+def _sizes_of(num_q_heads: int, num_kv_heads: int, capacity: int, head_dim: int, config: UniSparseConfig, dtype: np.dtype) -> Sizes:
+    """Worked out once for all layers."""
+    shape = Problem(num_q_heads, num_kv_heads, q_len=1, k_len=capacity, head_dim=head_dim, config=config)
+    composites = shape.num_composite_kv_heads, shape.num_k_composites, head_dim
+    anchors = num_kv_heads, shape.num_k_blocks, config.key_anchors
+    return Sizes(composites, anchors, np.dtype(composite_dtype(shape, dtype)), shape.kv_heads_per_composite)

@@ -63,9 +63,9 @@ class DeviceTrace(Trace):
 
     def kept_later(self) -> Callable[[], float]:
         """A function that gives kept_blocks and waits for the device when it is called; it holds the counts [rows] alone."""
-        counts, heads_per_row = self.block_mask.counts, self.block_mask.heads_per_row
+        counts, heads_per_row = self.block_mask.counts_room, self.block_mask.heads_per_row
         config, visible = self._problem.config, self.visible_blocks
-        return lambda: config.kept_blocks(int(cupy.asnumpy(counts).sum(dtype=np.int64)) * heads_per_row, visible)
+        return lambda: config.kept_blocks(int(cupy.asnumpy(array_of(counts)).sum(dtype=np.int64)) * heads_per_row, visible)
 
 
 def run_sparse(

@@ -23,11 +23,11 @@ SHARED_BYTES = 96 << 10  # that every device has to give: room for shapes.MAX_BL
 class BlockMask:
     """Selected blocks: words [rows, Nq, ceil(Nk / 32)] uint32, bit b of word w for key block 32 w + b; counts [rows, Nq] int32.
 
-    A row serves heads_per_row query heads. words and counts are given as arrays or as Rooms for them.
+    A row serves heads_per_row query heads. words and counts are given as arrays or as Rooms for them; counts_room is what was given.
     """
 
     def __init__(self, words: Any, counts: Any, heads_per_row: int) -> None:
-        self._words, self._counts, self.heads_per_row = words, counts, heads_per_row
+        self._words, self.counts_room, self.heads_per_row = words, counts, heads_per_row
         self.words_at, self.counts_at = address_of(words), address_of(counts)
 
     @property
@@ -38,7 +38,7 @@ class BlockMask:
     @property
     def counts(self) -> Any:
         """The counts as an array."""
-        return array_of(self._counts)
+        return array_of(self.counts_room)
 
 
 def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
