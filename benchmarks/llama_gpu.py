@@ -177,14 +177,13 @@ def profile_row(model: Any, tokens: int, density: float) -> dict[str, Any]:
     """Where a sparse prefill's time goes, and how long each part would take at the card's ceilings."""
     from benchmarks.device_times import DeviceTimes, matrix_ceiling
     from unisparse_np import UniSparseConfig
-    from unisparse_np.gpu.cupy_kernels import layers, run
+    from unisparse_np.gpu.cupy_kernels import layers, products, run
 
     config, attention = model.config, UniSparseConfig()
-    between = ("embedding", "rms_norm", "rotary_table", "rotate_heads", "swiglu", "merge_heads")
     functions = {
-        "products": [(layers, "linear"), (layers, "add_linear"), (layers, "head")],
+        "products": [(layers, "product_at"), (products, "product_at"), (layers, "head")],
         "attention": [(run, "attend")],
-        "norms, rotary and pooling, swiglu": [(layers, name) for name in between],
+        "norms, rotary and pooling, swiglu": [(layers, name) for name in ("_norm_rows", "rotary_table", "rotate_heads", "_by_rows")],
     }
     cache = model.new_cache(tokens, attention)
     with GivenDensity(density):

@@ -1,7 +1,9 @@
 """Decode steps of a tiny model as one recorded graph, run on the CPU by the emulator and compared with steps layer by layer."""
 
+import gc
 import shutil
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -71,6 +73,18 @@ def test_two_kinds_of_attention_take_turns_over_one_cache(folder, engine):
     model._new_decoder = None
     expected, _ = answer(model, SPARSE, ["dense", SPARSE])
     np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_a_cache_gives_its_memory_back_when_it_is_dropped(folder, engine):
+    model = open_model(folder, engine)
+    _, cache = answer(model, SPARSE, [SPARSE])
+    memory = weakref.ref(cache._keys)
+    gc.disable()  # as it may be long until Python looks for circles
+    try:
+        del cache
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_float32_has_no_decoder(folder, engine):

@@ -8,6 +8,7 @@ before it ends (overlap.py).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ class Decoder:
     """
 
     def __init__(self, config: Any, weights: Any, cache: Any, attention: Sequence[Any], tensor: Any = None) -> None:
-        self._config, self._weights, self._cache, self._attention = config, weights, cache, list(attention)
+        self._config, self._weights, self._attention = config, weights, list(attention)
+        self._cache = weakref.proxy(cache)  # which holds its decoders: a circle would keep its memory until Python looks for circles
         dtype, hidden, dim = weights.embedding.dtype, config.hidden_size, config.head_dim
         heads = (config.num_attention_heads, config.num_key_value_heads)
         self._attentions = {choice: DecodeAttention(*heads, dim, cache.capacity, choice, dtype) for choice in set(attention)}
