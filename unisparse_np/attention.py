@@ -14,6 +14,7 @@ from .trace import Trace
 
 AttentionConfig = UniSparseConfig | Literal["dense"]
 DEFAULT_CONFIG = UniSparseConfig()
+NEEDS_NO_MORE = " (the reference backend needs no more)"
 BACKENDS = {"reference": "unisparse_np.reference", "cupy": "unisparse_np.gpu.cupy_kernels", "numba": "unisparse_np.gpu.numba_kernels"}
 
 
@@ -130,8 +131,7 @@ def load_backend(name: str) -> Any:
         if error.name and error.name.startswith("unisparse_np"):
             raise BackendUnavailable(f"the {name} backend is not part of this version; backend='reference' is") from error
         raise BackendUnavailable(
-            f"the {name} backend needs {error.name}, which is not installed: "
-            "pip install 'unisparse-np[gpu]' (the reference backend needs no more)"
+            f"the {name} backend needs {error.name}, which is not installed: pip install 'unisparse-np[gpu]'{NEEDS_NO_MORE}"
         ) from error
     if backend.__file__ is None:  # a folder without code
         raise BackendUnavailable(f"the {name} backend is not part of this version; backend='reference' is")
@@ -151,7 +151,7 @@ def choose_backend() -> tuple[str, str]:
     try:
         load_model_backend("cupy")
     except BackendUnavailable as error:
-        return "reference", f"NumPy; not cupy: {error}"
+        return "reference", f"NumPy; {str(error).removesuffix(NEEDS_NO_MORE)}"
     return "cupy", "CuPy and a GPU are here"
 
 

@@ -34,7 +34,7 @@ def test_table_has_a_line_a_length():
     ("flags", "message"),
     [
         (["--kv-heads", "3"], "num_q_heads=2 is not a multiple of num_kv_heads=3"),
-        (["--attn-top-p", "2"], "top_p=2.0"),
+        (["--attn-top-p", "2"], "--attn-top-p=2.0"),
         (["--length", "0"], "not a size"),
     ],
 )

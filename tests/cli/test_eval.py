@@ -144,7 +144,7 @@ REFUSED = {
     "config setting unknown": ("--config paper,depth=3", ("'depth=3'", "name=value")),
     "config value": ("--config attn-top-p=most", ("top_p", "'most'", "off")),
     "config size": ("--config k-compress=0", ("k_compress", "'0' is not a size")),
-    "config breaks a rule": ("--config compress=7", ("compress=7", "does not divide block_size=128")),
+    "config breaks a rule": ("--config compress=7", ("compress=7", "does not divide block-size=128")),
     "config twice": ("--config paper --config paper", ("paper is given twice",)),
     "tuned without a file": ("--config tuned", ("has no unisparse.json", "unisparse-np tune")),
     "picture of another kind": ("--suite text --text text.txt --length 256 --plot p.doc", ("p.doc", ".png")),

@@ -59,7 +59,7 @@ def test_explain_writes_the_page_at_its_block(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--text", TEXT, "--layer", "4"], "--layer 4 is out of range: there are 4, so give 0 to 3"),
-        (["--text", TEXT, "--png", "{folder}/nowhere"], "nowhere does not exist: make it first"),
+        (["--text", TEXT, "--png", "{folder}/nowhere/masks"], "nowhere does not exist: make it first"),
         (["--text", TEXT, "--html", "{folder}/nowhere/r.html"], "nowhere does not exist: make it first"),
         (["--text", TEXT, "--html", "{folder}/r.pdf"], "does not end in .html"),
         (["--text", TEXT, "--attention", "dense"], "--compress has no effect with --attention dense"),
@@ -81,3 +81,15 @@ def test_refusals_write_nothing(tmp_path: Path, arguments: list[str], words: str
 def test_a_dense_model_has_nothing_to_show() -> None:
     result = CliRunner().invoke(main, ["inspect", "-m", str(NEEDLE_LLAMA), "--raw", "--text", TEXT, "--attention", "dense", "-q"])
     assert result.exit_code == 2 and "0 layers are sparse" in result.stderr
+
+
+def test_a_folder_for_pictures_is_made(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run("--text", TEXT, "--png", str(tmp_path / "masks"), "-q").exit_code == 0
+    assert "density.png" in {path.name for path in (tmp_path / "masks").iterdir()}
+
+
+def test_a_file_is_no_folder_for_pictures(tmp_path: Path) -> None:
+    (tmp_path / "masks").write_text("taken")
+    result = run("--text", TEXT, "--png", str(tmp_path / "masks"), "-q")
+    assert result.exit_code == 2 and "masks is a file: name a folder" in result.stderr

@@ -59,7 +59,7 @@ def test_composite_tokens_for_top_p_can_be_turned_off(tmp_path: Path) -> None:
     (tmp_path / "unisparse.json").write_text(json.dumps({"row_threshold": 0.02, "q_compress": 4, "top_p_compress": 16}))
     assert config_of(tmp_path) == UniSparseConfig(q_compress=4, row_threshold=0.02, top_p_compress=16)
     assert config_of(tmp_path, "--top-p-compress", "Off") == UniSparseConfig(q_compress=4, row_threshold=0.02)
-    with pytest.raises(InvalidInput, match="attention flags: top_p_compress=16 with row_threshold=None"):
+    with pytest.raises(InvalidInput, match="attention flags: --top-p-compress=16 with --row-threshold=off"):
         config_of(tmp_path, "--row-threshold", "off")
 
 

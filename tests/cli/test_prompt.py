@@ -16,6 +16,18 @@ def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
     assert read_prompt(str(path), None) == "Grüße, 世界\r\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("\ufeffGrüße".encode())
+    assert read_prompt(str(path), None) == "Grüße"
+
+
+def test_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InvalidInput, match="standard input is closed: give a file with --prompt"):
+        read_prompt("-", None)
+
+
 def test_text_is_taken_as_it_is() -> None:
     assert read_prompt(None, "README.md") == "README.md"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import warnings
@@ -16,6 +17,7 @@ from .ranks import end_all_ranks, hush_other_ranks, refuse_several
 COMMANDS = ("generate", "convert", "audit", "explain", "inspect", "eval", "tune", "bench", "env")  # in the order a newcomer meets them
 ON_SEVERAL_PROCESSES = ("generate", "env")
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CommandGroup(click.Group):
@@ -27,7 +29,14 @@ class CommandGroup(click.Group):
         except UniSparseError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(FAILURE)
-        return super().main(*args, **options)
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            click.echo(f"Error: the output cannot be written ({error.strerror}): free some space, or send it elsewhere", err=True)
+            sys.stdout = None  # what it holds back is lost; Python would try once more at its end
+            sys.exit(FAILURE)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)

@@ -23,7 +23,7 @@ _audit_options = in_section(
 )  # fmt: skip
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="What does sparse attention lose? Does a backend compute right?")
 @_audit_options
 @prefill_attention_options
 @run_options
@@ -47,7 +47,7 @@ def audit(
     _check_flags(model_dir, prompt, text, raw, stages, layers, all_heads, attention, attention_flags)
     if model_dir is None:
         use_device(device, backend)
-        _audit_stages(choose_backend(backend, quiet), dtype, None, layers, as_json)
+        _audit_stages(choose_backend(backend, quiet, device), dtype, None, layers, as_json)
         return
     reading = open_reading(
         model_dir, prompt, text, raw, attention, attention_flags, backend, dtype, chunk_size, max_context, device, quiet

@@ -54,7 +54,7 @@ class Row:
     dense: float
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Time selection and attention beside dense attention.")
 @_shape_options
 @config_options
 @_run_options

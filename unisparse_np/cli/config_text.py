@@ -65,4 +65,4 @@ def _attention(model_dir: str, text: str, has_file: bool) -> Attention:
     try:
         return config_from_flags(model_dir, flags)
     except InvalidInput as error:
-        raise InvalidInput(f"--config {text}: {str(error).removeprefix('attention flags: ')}") from None
+        raise InvalidInput(f"--config {text}: {str(error).removeprefix('attention flags: ').replace('--', '')}") from None

@@ -21,7 +21,7 @@ _convert_options = in_section(
 )  # fmt: skip
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Turn a GGUF file into a model folder.")
 @click.argument("gguf_file", metavar="FILE.gguf")
 @click.argument("folder", metavar="DIR")
 @_convert_options
@@ -30,9 +30,10 @@ def convert(gguf_file: str, folder: str, dtype: str, tokenizer_file: str | None,
     """Turn a GGUF file into a model folder for --model.
 
     DIR gets model.safetensors, config.json, tokenizer.json, tokenizer_config.json (with the chat template) and
-    generation_config.json. Architectures: llama (also Mistral), qwen2, qwen3. Needs: pip install 'unisparse-np[gguf]'
+    generation_config.json. Architectures: llama (also Mistral), qwen2, qwen3.
 
     \b
+    pip install 'unisparse-np[gguf]'    # what convert needs
     unisparse-np convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
     """
     from ..model.gguf import convert as convert_gguf  # late, so that help and usage errors come at once

@@ -32,7 +32,7 @@ _OPTIONAL = {  # what it gives -> (distributions, any of which provides it; how 
 _GPU_FIELDS = {"name": "name", "memory": "memory.total", "driver": "driver_version", "compute_capability": "compute_cap"}
 
 
-@click.command()
+@click.command(short_help="Show versions, processor and GPU, and how to get what is missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def env(as_json: bool) -> None:
     """Show versions, processor, memory and GPU, and how to get what is missing.

@@ -59,7 +59,7 @@ _file_options = in_section(
 )  # fmt: skip
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Measure what sparse attention costs a model.")
 @_what_options
 @_config_options
 @_file_options
@@ -86,7 +86,7 @@ def eval(
     attentions = attentions_of(model_dir, configs)
     _check_flags(suite, what)
     use_device(device, backend)
-    backend = choose_backend(backend, quiet)
+    backend = choose_backend(backend, quiet, device)
     if not quiet and any(label.split(",")[0] == TUNED for label in attentions):
         click.echo(f"tuned     {Path(model_dir) / CONFIG_FILE}", err=True)
     from ..evaluation.plot import check_plot, plot_summary  # late, so that help and usage errors come at once

@@ -21,7 +21,7 @@ _explain_options = in_section(
 )  # fmt: skip
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Walk one query block through every step, in numbers.")
 @prompt_options
 @_explain_options
 @prefill_attention_options

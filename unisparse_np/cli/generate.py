@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -59,7 +58,7 @@ _sampling_options = in_section(
 )  # fmt: skip
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Read a prompt with sparse attention and write an answer.")
 @_text_options
 @_sampling_options
 @attention_options
@@ -89,7 +88,7 @@ def generate(
         prefill, later = resolve_attention(model_dir, attention, decode_attention, attention_flags)
         refuse_one_device(device)
         use_device(device, backend)
-        engine = load_model_backend(choose_backend(backend, quiet))
+        engine = load_model_backend(choose_backend(backend, quiet, device))
         refuse_uneven(model_dir, everyone.size // context_parallel, prefill, later)
         return prompt_text, prefill, later, engine
 
@@ -143,8 +142,7 @@ class Answer:
                 self._bar.close()
                 self.text += piece.text
                 if show:
-                    click.echo(piece.text, nl=False)
-                    sys.stdout.flush()
+                    click.echo(piece.text, nl=False)  # flushes
                 if piece.finish_reason is not None:
                     self.finish_reason, self.statistics = piece.finish_reason, piece.statistics
         except KeyboardInterrupt:

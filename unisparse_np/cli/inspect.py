@@ -15,6 +15,7 @@ from .options import (
     SectionedCommand,
     config_file_decides,
     flag,
+    flag_name,
     in_section,
     output_options,
     prefill_attention_options,
@@ -41,7 +42,7 @@ _inspect_options = in_section(
 )  # fmt: skip
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Show which blocks each layer and head kept, and why.")
 @prompt_options
 @_inspect_options
 @prefill_attention_options
@@ -92,7 +93,7 @@ class Targets:
 
         self.page = None if html is None else files.check_file("--html", html, ".html")
         self.arrays = None if npz is None else files.check_file("--npz", npz, ".npz")
-        self.folder = None if png is None else files.check_folder("--png", png)
+        self.folder = None if png is None else files.check_new_folder("--png", png)
         if self.folder is not None:
             pictures.check_matplotlib()
 
@@ -116,6 +117,7 @@ class Targets:
             files[self.arrays] = as_npz(captures[0], reading.token_ids)
         if self.folder is not None:
             files |= {self.folder / name: png for name, png in draw_pictures(captures[0], len(reading.token_ids)).items()}
+            self.folder.mkdir(exist_ok=True)
         for path, content in files.items():
             write_whole(path, content)
 
@@ -160,8 +162,7 @@ def compared_attention(model_dir: str, flags: str) -> Attention:
 
 def attention_label(model_dir: str, attention_flags: dict[str, Any]) -> str:
     """Where the attention comes from: the flags that were given, as they are typed, over unisparse.json where that decides the rest."""
-    names = {"top_p": "attn-top-p"}
-    typed = " ".join(f"--{names.get(name, name.replace('_', '-'))} {value}" for name, value in attention_flags.items())
+    typed = " ".join(f"--{flag_name(name)} {value}" for name, value in attention_flags.items())
     if config_file_decides(model_dir, attention_flags):
         return f"{CONFIG_FILE} {typed}".rstrip()
     return typed or "the default preset"

@@ -72,7 +72,7 @@ class SectionedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(param, click.Argument):  # the usage line names those
                 sections.setdefault(getattr(param, "section", "Help"), []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):
@@ -187,8 +187,7 @@ def resolve_attention(model_dir: str, attention: str, decode_attention: str, fla
     """
     if attention == decode_attention == "dense":
         if flags:
-            name = {"top_p": "attn-top-p"}.get(first := next(iter(flags)), first.replace("_", "-"))
-            raise InvalidInput(f"--{name} has no effect with --attention dense: drop one of the two")
+            raise InvalidInput(f"--{flag_name(next(iter(flags)))} has no effect with --attention dense: drop one of the two")
         return "dense", "dense"
     config = config_from_flags(model_dir, flags)
     return (config if attention == "unisparse" else "dense"), (config if decode_attention == "unisparse" else "dense")
@@ -204,7 +203,18 @@ def config_from_flags(model_dir: str, flags: dict[str, Any]) -> UniSparseConfig 
     try:
         return replace(base, **changes) if isinstance(base, UniSparseConfig) else [replace(config, **changes) for config in base]
     except InvalidInput as error:
-        raise InvalidInput(f"attention flags: {error}") from None
+        raise InvalidInput(f"attention flags: {as_typed(str(error))}") from None
+
+
+def flag_name(field: str) -> str:
+    """What a config's field is called on the command line, without dashes in front."""
+    return {"top_p": "attn-top-p"}.get(field, field.replace("_", "-"))
+
+
+def as_typed(message: str) -> str:
+    """A message about a config in the words of the command line: flags for fields, `off` for None."""
+    message = re.sub(rf"\b({'|'.join(CONFIG_FIELDS)})\b", lambda field: f"--{flag_name(field[1])}", message)
+    return re.sub(r"\bNone\b", OFF, message)
 
 
 def config_file_decides(model_dir: str, flags: dict[str, Any]) -> bool:

@@ -25,6 +25,8 @@ def read_prompt(prompt: str | None, text: str | None) -> str:
         return _not_empty(text, "--text is")
     assert prompt is not None
     if prompt == "-":
+        if sys.stdin is None:  # Python's way to say that it was closed
+            raise InvalidInput("standard input is closed: give a file with --prompt, or the prompt itself with --text")
         return _not_empty(_decoded(sys.stdin.buffer.read(), "standard input"), "standard input is")
     return _not_empty(_decoded(_bytes_of(prompt), f"prompt file {prompt}"), f"prompt file {prompt} is")
 
@@ -44,8 +46,9 @@ def _bytes_of(prompt: str) -> bytes:
 
 
 def _decoded(content: bytes, source: str) -> str:
+    """The text, without the byte order mark that some editors put before it."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"{source} is not UTF-8 (byte {content[error.start]:#04x} at position {error.start}): save the text as UTF-8"

@@ -50,7 +50,7 @@ def open_reading(
     if not quiet and attention != "dense":
         note_config_file(model_dir, attention_flags)
     use_device(device, backend)
-    backend = choose_backend(backend, quiet)
+    backend = choose_backend(backend, quiet, device)
     from ..inspection.prompt import encode_prompt  # late, so that help and usage errors come at once
     from ..model.loading import load
 

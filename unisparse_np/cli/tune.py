@@ -49,7 +49,7 @@ _file_options = in_section(
 _COMPARED = {f"{name} preset": preset() for name, preset in PRESETS.items() if name != "paper"}  # with what was found
 
 
-@click.command(cls=SectionedCommand)
+@click.command(cls=SectionedCommand, short_help="Find the cheapest config within a loss you allow.")
 @_search_options
 @_file_options
 @measuring_run_options
@@ -71,7 +71,7 @@ def tune(
     folder = Path(model_dir)
     _check_target(folder, max_kl, force)
     use_device(device, backend)
-    backend = choose_backend(backend, quiet)
+    backend = choose_backend(backend, quiet, device)
     from ..evaluation.haystack import python_reference, read_text  # late, so that help and usage errors come at once
     from ..evaluation.head_curves import measure_head_curves
     from ..evaluation.probe import Prober

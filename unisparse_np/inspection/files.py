@@ -34,6 +34,14 @@ def check_folder(flag: str, path: str) -> Path:
     return folder
 
 
+def check_new_folder(flag: str, path: str) -> Path:
+    """A folder that is there, or that can be made in one that is. Raises InvalidInput when neither holds."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInput(f"{flag} {path} is a file: name a folder")
+    return folder if not folder.exists() and check_folder(flag, str(folder.parent)) else check_folder(flag, path)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
