@@ -152,8 +152,8 @@ def launch_kernel(handle: int, x: int, y: int, z: int, threads: int, _y: int, _z
 
 def copied_parameters(kernel: Kernel, at: int) -> Any:
     """Pointers to a copy of a launch's parameters, as a graph keeps them: the caller packs the next launch's in the same place."""
-    launch = importlib.import_module("unisparse_np.gpu.cupy_kernels.launch")
-    types_of = launch.signature((Kernel.folder / kernel.file).read_text(), kernel.name)
+    device, launch = (importlib.import_module(f"unisparse_np.gpu.cupy_kernels.{name}") for name in ("device", "launch"))
+    types_of = launch.signature(device.source(kernel.file), kernel.name)
     _, offsets, size = launch.parameter_layout(types_of)
     raw = ctypes.create_string_buffer(size + launch.ALIGNMENT)
     start = ctypes.addressof(raw) + (-ctypes.addressof(raw) % launch.ALIGNMENT)

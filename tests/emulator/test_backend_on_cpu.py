@@ -248,7 +248,7 @@ PLANTED = {
     "anchors of selected blocks": ("attend_sm90_producer.cuh", " & ~word_of(under_way, w)", ""),
     "a coarse composite takes all for full": ("compress.cu", "const float tokens = min(held, stop - start)", "const float tokens = held"),
     "sums of 32 keys go to other lanes": ("scores_sm90.cu", "sum_pair(half, fours, 2, t & 2)", "sum_pair(half, fours, 2, t & 1)"),
-    "a tile nobody wrote": ("scores_sm90.cu", "min(exist, rows + 16) - 1", "exist - 1"),
+    "a tile nobody wrote": ("scores_sm90_merge.cuh", "min(exist, rows + 16) - 1", "exist - 1"),
 }
 
 
