@@ -49,3 +49,14 @@ def test_numba():
     out = unisparse_attention(*(cuda.to_device(x) for x in arrays), CONFIG, backend="numba")
     assert cuda.is_cuda_array(out)
     np.testing.assert_allclose(out.copy_to_host(), expected(arrays), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cupy"])
+def test_numba_arrays_on_the_cupy_backend(backend):
+    from numba import cuda
+
+    pytest.importorskip("cupy")
+    arrays = random_qkv(4, 2, 40, 40, 16)
+    out, lse = unisparse_attention(*(cuda.to_device(x) for x in arrays), CONFIG, backend=backend, return_lse=True)
+    assert cuda.is_cuda_array(out) and cuda.is_cuda_array(lse) and hasattr(out, "copy_to_host")
+    np.testing.assert_allclose(out.copy_to_host(), expected(arrays), rtol=0, atol=1e-5)
