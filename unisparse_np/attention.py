@@ -61,7 +61,7 @@ def unisparse_attention(
     _check_config(config)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_array(name, x)
-    problem = _problem_of(q, k, v, config, causal, q_offset, scale)
+    problem = problem_of(q, k, v, config, causal, q_offset, scale)
     batched = len(q.shape) == 4
     if batched and key_summary is not None:
         raise InvalidInput("key_summary goes with one item, but q, k, v have a batch axis: call once an item")
@@ -180,7 +180,7 @@ def _check_config(config: object) -> None:
         raise InvalidInput(f"config={config!r} is neither a UniSparseConfig nor 'dense': give one of the two")
 
 
-def _problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q_offset: int | None, scale: float | None) -> Problem:
+def problem_of(q: Any, k: Any, v: Any, config: AttentionConfig, causal: bool, q_offset: int | None, scale: float | None) -> Problem:
     """The Problem that the shapes of q, k, v make. Raises InvalidInput when they do not fit together."""
     kinds = (type(q), q.dtype), (type(k), k.dtype), (type(v), v.dtype)
     shapes = q.shape, k.shape, v.shape

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import reference
 from .arrays import check_array, dtype_name
-from .attention import load_backend
+from .attention import load_backend, problem_of
 from .config import UniSparseConfig
 from .errors import InvalidInput
 from .problem import KeySummary, Problem
@@ -115,10 +115,10 @@ def audit(
         check_array(name, x)
         if len(x.shape) != 3:
             raise InvalidInput(f"{name} {tuple(x.shape)} is not [heads, tokens, head_dim]: audit one item of a batch at a time")
+    config = UniSparseConfig() if config is None else config
+    problem = problem_of(q, k, v, config, causal, q_offset, scale)
     engine = load_backend(backend)
     dtype = dtype_name(q)
-    config = UniSparseConfig() if config is None else config
-    problem = Problem(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], config, causal, q_offset, scale)
     engine_q, engine_k, engine_v = (engine.from_any(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     engine.check_finite(engine_q, engine_k, engine_v, problem)
     q64, k64, v64 = (np.asarray(engine.as_numpy(x)).astype(np.float64) for x in (engine_q, engine_k, engine_v))

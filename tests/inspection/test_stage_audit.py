@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from unisparse_np import UniSparseConfig, reference
+from unisparse_np import InvalidInput, UniSparseConfig, audit, reference
 from unisparse_np.comparison import room_for_large_logits
 from unisparse_np.inspection.stage_audit import _Recorder, as_dict, audit_layers
 from unisparse_np.problem import Problem
@@ -47,3 +47,9 @@ def test_bounds_grow_only_with_large_logits() -> None:
     problem = Problem(4, 2, 300, 300, 64, UniSparseConfig())
     assert room_for_large_logits(q, k, problem) == 1.0
     assert room_for_large_logits(20 * q, k, problem) == pytest.approx(2 * room_for_large_logits(10 * q, k, problem))
+
+
+def test_arrays_that_do_not_fit_together_are_refused() -> None:
+    q, k = np.zeros((4, 64, 8), np.float32), np.zeros((2, 64, 8), np.float32)
+    with pytest.raises(InvalidInput, match="differ in shape"):
+        audit(q, k, k[:1])

@@ -297,6 +297,7 @@ def test_a_sequence_longer_than_the_sliding_window_is_refused(name, make_model):
         (lambda m: m.logits([]), "the prompt has no tokens"),
         (lambda m: m.logits([96]), "token id 96 is outside this model's vocabulary of 96"),
         (lambda m: m.logits([-1]), "token id -1 is outside"),
+        (lambda m: m.logits([[1, 2]]), r"token ids of shape \(1, 2\): give those of one prompt"),
         (lambda m: m.logits([1, 2.5]), "token id 2.5 is not a whole number"),
         (lambda m: m.logits([1], attention="sparse"), "attention='sparse' is neither"),
         (lambda m: m.logits([1], attention=["dense"]), "attention lists 1 configs, but the model has 2 layers"),

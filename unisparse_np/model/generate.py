@@ -197,6 +197,8 @@ def _prompt_ids(model: Llama, tokenizer: Tokenizer, prompt: str | Sequence[int],
         if not raw and not tokenizer.has_chat_template:
             warnings.warn("the model has no chat template, so the prompt is continued as raw text", NoChatTemplateWarning, stacklevel=3)
         return token_ids
+    if isinstance(prompt, bytes) or not isinstance(prompt, (Sequence, np.ndarray)):
+        raise InvalidInput(f"the prompt is a {type(prompt).__name__}: give text, or a sequence of token ids")
     if system is not None:
         raise InvalidInput(
             f"the system message {system[:40]!r} has no place beside a prompt of token ids: leave it out, or give the prompt as text"

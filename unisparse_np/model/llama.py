@@ -247,6 +247,8 @@ class Llama:
         if len(token_ids) == 0:
             raise InvalidInput("the prompt has no tokens: give at least one")
         ids = np.asarray(token_ids)
+        if ids.ndim != 1:
+            raise InvalidInput(f"token ids of shape {ids.shape}: give those of one prompt, [T]")
         if ids.dtype.kind not in "iu":
             wrong = next(token_id for token_id in token_ids if isinstance(token_id, bool) or not isinstance(token_id, Integral))
             raise InvalidInput(f"token id {wrong!r} is not a whole number: give the ids that the tokenizer makes")

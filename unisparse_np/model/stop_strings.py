@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..errors import InvalidInput
 
@@ -21,6 +21,8 @@ class StopStrings:
     """
 
     def __init__(self, texts: str | Sequence[str]) -> None:
+        if not isinstance(texts, Iterable):
+            raise InvalidInput(f"stop={texts!r} is no text: give one stop string, or several in a list")
         self.texts = (texts,) if isinstance(texts, str) else tuple(texts)
         for text in self.texts:
             if not isinstance(text, str) or not text:
