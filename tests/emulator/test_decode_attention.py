@@ -201,7 +201,7 @@ PLANTED = {
     "another head's blocks": ("decode_work.cuh", "TILE + lane, (uint32_t)entry.y}", "TILE + lane, 0xffffffffu}"),
     "anchors of selected blocks": ("decode_work.cuh", "key.rows = ~mask.rows_that_selected", "key.rows = mask.rows_that_selected"),
     "a split is left out": (
-        "decode_attention.cu",
+        "decode_merge.cuh",
         "i = warp; i < count; i += WARPS) {\n      const float4*",
         "i = warp + 1; i < count; i += WARPS) {\n      const float4*",
     ),
