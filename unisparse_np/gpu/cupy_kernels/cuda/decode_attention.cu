@@ -10,9 +10,9 @@
 //      not move up over the wait)
 //   5  the merge keeps more loads under way; the position is read before the wait; all warps count tiles and list blocks
 //
-// Who does what: decode_work.cuh; how the parts are merged: decode_merge.cuh. The last thread block of a group of rows to finish merges what all of them found, always in the
-// same order: results are the same to the bit in every run. The number of keys may lie in device memory, so that a CUDA graph
-// replays at any length.
+// Who does what: decode_work.cuh; how parts are merged: decode_merge.cuh. The last thread block of a group of rows to finish merges what
+// all of them found, always in the same order: results are the same to the bit in every run. The number of keys may lie in device
+// memory, so that a CUDA graph replays at any length.
 //
 // Only blocks that some row of the group selected are read. A row that did not select one gives its keys a weight of 0, and 0 * NaN is
 // NaN: rows that come out not finite are computed again, key by key.

@@ -13,6 +13,10 @@
 //
 // The composite that the new key falls into is pooled again from the cached keys by the code of compress.cu: composites and anchors
 // are the same to the bit as when the whole prompt is pooled at once. The number of keys lies in device memory.
+//
+// Shared memory of decode_scores: the rows of composite queries [ROW_TILES][ROWS_BYTES]. Of decode_select: block shares
+// [32 * words_per_row], the same of coarse keys where there are any, units [32 * words_per_row], ties [words_per_row], a histogram [BINS],
+// then CUT_ROOM numbers.
 #include "decode_cells.cuh"
 #include "decode_cut.cuh"
 #include "few_rows.cuh"
@@ -76,7 +80,6 @@ DEVICE void pool_newest(Input keys, const Shape& shape, int head, uint32_t* kc, 
 // groups of one head write the same composite; its anchors, which are read before they are written, are the first group's.
 // kc [Hkc, num_k_composites, d] float16, anchors [Hkv, num_k_blocks, r]: extended by the new key. cells [Hc, pitch]: the maximum of a cell's
 // logits and the sum of 2^(logit - maximum); coarse_cells: the same of coarse keys, where COARSE is not 1.
-// Shared memory: the rows [ROW_TILES][ROWS_BYTES].
 extern "C" __global__ void __launch_bounds__(32 * SCORE_WARPS, HEAD_DIM > 128 || ROW_TILES > 1 ? 2 : 3) decode_scores(
     const uint16_t* queries, const uint16_t* keys, int64_t q_head_stride, int64_t k_head_stride, int64_t k_row_stride,
     const Shape given, const int* position, uint16_t* kc, int* anchors, float2* cells, float2* coarse_cells, int64_t pitch)
@@ -169,8 +172,6 @@ DEVICE void block_shares(float* shares, float* maxima, const float2* cells, int 
 }
 
 // Grid: Hc. cells [Hc, pitch] as decode_scores writes them, coarse_cells null where COARSE is 1 -> words [Hc, words_per_row], counts [Hc].
-// Shared memory: block shares [32 * words_per_row], the same of coarse keys where there are any, units [32 * words_per_row], ties
-// [words_per_row], a histogram [BINS], then CUT_ROOM numbers.
 extern "C" __global__ void __launch_bounds__(32 * SELECT_WARPS) decode_select(
     const float2* cells, const float2* coarse_cells, int64_t pitch, const double* top_p, const float* row_threshold, const Shape given,
     const int* position, uint32_t* words, int* counts)

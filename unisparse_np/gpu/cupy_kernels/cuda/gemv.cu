@@ -1,4 +1,4 @@
-// One token's matrix products, y = W x: bound by reading W [rows, WIDTH] once, so that is all that counts.
+// One token's matrix products, y = W x: bound by reading W [rows, WIDTH] once, so that is all that counts. No step of ALGORITHM.md.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  x stays in registers: a thread block reads whole rows, each thread the same columns of every row, 16 bytes a load, the

@@ -1,10 +1,12 @@
-// The layers that are no product: embedding, RMSNorm, SwiGLU, bias. Each reads and writes memory once.
+// The layers that are no product: embedding, RMSNorm, SwiGLU, bias. Each reads and writes memory once. No step of ALGORITHM.md.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  16 bytes a lane; RMSNorm keeps its row in registers between the sum of squares and the product
 //
 // The residual stream is float32 (real models reach 24,700 in it, where a bfloat16 step is 128); what goes into products is
 // Element. WIDTH is the row, THREADS the thread block.
+//
+// Shared memory: a sum of squares a warp, of rms_norm alone.
 #include "elements.cuh"
 
 // x[t] = table[token_ids[t]]. Grid: (tokens, pieces of 8 THREADS columns).

@@ -4,7 +4,11 @@
 // a block that the query's own block shares, would reach it. The fast kernels only notice an output that is not finite; here
 // hidden keys are left out for good. What a row may really see and is NaN stays NaN, found at the first such key.
 //
-// Ladder: 1 checking V's tile of the diagonal in the fast kernels (2 % slower on short lists); 2 this, which costs them a sum.
+// Version ladder (figures and verdicts: docs/kernels.md)
+//   1  checking V's tile of the diagonal in the fast kernels: 2 % slower on short lists
+//   2  this, which costs them a sum
+//
+// Shared memory: none.
 #include "one_row.cuh"
 
 #define WARPS 4

@@ -1,9 +1,12 @@
-// From logits to the next token, as model/sampling.py defines it: the passes over the whole vocabulary.
+// From logits to the next token: steps 1 and 2 of model/sampling.py, the passes over the whole vocabulary.
 //
-// One thread block: 128K logits are half a megabyte, which a single multiprocessor reads in microseconds. Comparisons are made in
-// float64, as the reference makes them once a penalty has touched a logit.
+// Version ladder (figures and verdicts: docs/kernels.md)
+//   1  CuPy's functions, one after the other
+//   2  these kernels. find_largest is one thread block: 128K logits are half a megabyte, which a single multiprocessor reads in microseconds
 //
-// Shared memory: largest value, its id, and counts [WARPS] each.
+// Comparisons are made in float64, as the reference makes them once a penalty has touched a logit.
+//
+// Shared memory of find_largest: largest value, its id, and counts [WARPS] each.
 #include "ptx.cuh"
 
 #define THREADS 1024

@@ -1,4 +1,5 @@
-// Steps 2-3 on Hopper, in one pass: compressed attention by wgmma, kept as sums of up to 32 keys, and their merger into block scores.
+// Steps 2-3 on Hopper, in one pass: compressed attention by wgmma, kept as sums of up to 32 keys, and their merger into block scores;
+// steps 4-5 too where the host asks for it.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  scores.cu: two passes of mma.sync; the products and the exponentials are done twice
