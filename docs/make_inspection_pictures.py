@@ -116,7 +116,7 @@ def draw_inspect() -> None:
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    configs = {"this model's default": UniSparseConfig(), "--preset paper": UniSparseConfig.paper()}
+    configs = {"the default preset": UniSparseConfig(), "--preset paper": UniSparseConfig.paper()}
     captures = [capture(model, token_ids, config, label=label) for label, config in configs.items()]
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):

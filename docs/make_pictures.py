@@ -6,7 +6,6 @@ Needs matplotlib. Writes docs/pictures/block-mask.png.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,44 +15,27 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from unisparse_np import Problem, UniSparseConfig
+from unisparse_np.inspection.capture import capture
 from unisparse_np.model.loading import load
-from unisparse_np.problem import ceil_div
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "needle-llama"
 PROMPT, NEEDLE = MODEL / "prompts" / "needle-8k.txt", "5480941"
 PICTURE = ROOT / "docs" / "pictures" / "block-mask.png"
-LAYER, HEAD = 1, 7  # the head that fetches the needle
+LAYER, HEAD = 1, 7  # the head that fetches the needle, both from 0 as on the command line
 
 FUTURE, DROPPED, BY_RIGHT, SELECTED = range(4)
 COLOURS = ["#ffffff", "#dddddd", "#e69f00", "#0072b2"]  # Okabe and Ito's, told apart by all
 LABELS = ["", "not kept (one anchor key each stays visible)", "kept by right: start, diagonal, neighbour", "kept for its attention"]
 
 
-class Recording:
-    """A backend that keeps the trace of every sparse call."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend, self.traces = backend, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def run_sparse(self, *args: Any, **options: Any) -> Any:
-        out, trace = self.backend.run_sparse(*args, **options)
-        self.traces.append(trace)
-        return out, trace
-
-
 def read_the_prompt(config: UniSparseConfig) -> tuple[list[np.ndarray], int, int]:
     """Block masks [Hq, Nq, Nk], one a layer; the prompt's length; the needle's position, both in tokens."""
     model, tokenizer = load(MODEL, backend="reference")
-    model.backend = Recording(model.backend)
     prompt = PROMPT.read_text(encoding="utf-8")
     token_ids = tokenizer.encode(prompt)
-    whole_prompt = ceil_div(len(token_ids), config.block_size) * config.block_size
-    model.prefill(token_ids, model.new_cache(len(token_ids), config), config, chunk_size=whole_prompt)
-    return [trace.mask for trace in model.backend.traces], len(token_ids), len(tokenizer.encode(prompt[: prompt.index(NEEDLE)]))
+    captured = capture(model, token_ids, config, label="default", with_truth=False)
+    return [layer.kept for layer in captured.layers.values()], len(token_ids), len(tokenizer.encode(prompt[: prompt.index(NEEDLE)]))
 
 
 def classes(mask: np.ndarray, problem: Problem) -> np.ndarray:
@@ -71,7 +53,7 @@ def draw_mask(axes: Axes, kinds: np.ndarray, needle_block: int, block_size: int)
     count = len(kinds)
     axes.set_xlabel(f"key block ({block_size} tokens each): what is read")
     axes.set_ylabel("query block: who reads")
-    axes.set_title(f"One head (layer {LAYER + 1}, head {HEAD + 1})", loc="left")
+    axes.set_title(f"One head (layer {LAYER}, head {HEAD})", loc="left")
     visible = kinds != FUTURE
     share = (kinds[visible] != DROPPED).mean()
     axes.text(0.98, 0.97, f"{share:.1%} of the visible\nblocks are computed", transform=axes.transAxes, ha="right", va="top", fontsize=11)
@@ -87,8 +69,8 @@ def draw_densities(axes: Axes, densities: np.ndarray) -> None:
     axes.imshow(densities, cmap="Blues", vmin=0, vmax=1)
     for (layer, head), density in np.ndenumerate(densities):
         axes.text(head, layer, f"{density:.0%}", ha="center", va="center", color="white" if density > 0.5 else "black", fontsize=10)
-    axes.set_xticks(range(densities.shape[1]), [str(head + 1) for head in range(densities.shape[1])])
-    axes.set_yticks(range(densities.shape[0]), [str(layer + 1) for layer in range(densities.shape[0])])
+    axes.set_xticks(range(densities.shape[1]))
+    axes.set_yticks(range(densities.shape[0]))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_title("Share of the visible blocks that each head computes", loc="left")

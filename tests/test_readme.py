@@ -1,5 +1,7 @@
 """What README.md and the pages of docs promise: two commands, code that runs, links that lead somewhere, tables of the results."""
 
+import importlib.util
+import json
 import re
 import runpy
 import sys
@@ -80,3 +82,18 @@ def test_a_figure_reaches_what_was_asked_of_all_its_cases(
     asked, goal = ((1.1, 1.1), (1.0, 1.0)) if less_is_better else ((1.0, 1.0), (1.1, 1.1))
     figure = figures.Figure("work", (), lambda: values, asked, goal, less_is_better=less_is_better)
     assert figures.reached({"figure": figure, "values": values}) == verdict
+
+
+def test_the_picture_of_the_masks_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "docs" / "make_pictures.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    prompt = script.PROMPT.with_name("needle-2k.txt")
+    [needle] = json.loads(prompt.with_name("answers.json").read_text(encoding="utf-8"))[prompt.stem]["answers"]
+    monkeypatch.setattr(script, "PROMPT", prompt)
+    monkeypatch.setattr(script, "NEEDLE", needle)
+    monkeypatch.setattr(script, "PICTURE", tmp_path / "block-mask.png")
+    script.main()
+    assert script.PICTURE.stat().st_size > 10_000
