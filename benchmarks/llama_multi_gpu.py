@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import stamp, write_result
 from benchmarks.given_density import LLAMA_3_1_8B, GivenDensity, prompt_of
+from benchmarks.llama_gpu import warm_up
 from benchmarks.random_llama import random_llama
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import load_model_backend
@@ -39,15 +40,17 @@ SHAPES: dict[str, dict[str, int]] = {  # what differs from the 8B shape
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 64, "vocab_size": 1000},
 }  # fmt: skip
-CASES = [  # shape, tokens, density (None: dense), tensor, context
-    *(("8B", 131072, 0.25, *grid) for grid in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (1, 8))),
-    *(("8B", 131072, None, *grid) for grid in ((1, 1), (4, 1), (1, 4), (8, 1), (1, 8))),
-    ("70B", 131072, 0.25, 4, 1),
-    ("70B", 131072, 0.25, 8, 1),
-    ("8B", 1048576, 0.25, 4, 1),
-    ("8B", 1048576, 0.25, 4, 2),
-]
 RUNS = 3  # after one to warm up
+CASES = [  # shape, tokens, density (None: dense), tensor, context, runs (0: one, warmed up by the prompt's end alone)
+    *(("8B", 131072, 0.25, *grid, RUNS) for grid in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (1, 8))),
+    ("70B", 131072, 0.25, 2, 1, 0),
+    ("70B", 131072, 0.25, 4, 1, 0),
+    ("70B", 131072, 0.25, 8, 1, 0),
+    ("8B", 1048576, 0.10, 2, 1, 0),
+    ("8B", 1048576, 0.25, 4, 1, 0),
+    ("8B", 1048576, 0.25, 4, 2, 0),
+    *(("8B", 131072, None, *grid, 1) for grid in ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (1, 8))),
+]
 
 
 class Clock:
@@ -110,6 +113,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     given = backend.name == "cupy" and arguments.density is not None
     seconds, exchange = [], []
     with GivenDensity(arguments.density) if given else contextlib.nullcontext():
+        if arguments.runs == 0:
+            warm_up(model, arguments.tokens, attention)
+            ranks.tensor.seconds(), ranks.context.seconds()
         for run in range(arguments.runs + 1):
             cache = model.new_cache(arguments.tokens, attention)
             everyone.gather_values(None)  # all start together
@@ -119,7 +125,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             waited = ranks.tensor.seconds() + ranks.context.seconds()
             density = statistics.mean(model.layer_densities(cache))
             cache.release()
-            if run > 0:  # the first warms up
+            if run > 0 or arguments.runs == 0:  # the first of several warms up
                 seconds.append(taken)
                 exchange.append(waited)
     of_ranks = everyone.gather_values((statistics.median(seconds), statistics.median(exchange)))
@@ -135,12 +141,17 @@ def device_name(backend: Any) -> str:
     return backend.xp.cuda.runtime.getDeviceProperties(0)["name"].decode() if backend.name == "cupy" else "CPU"
 
 
-def all_cases(runs: int) -> list[dict[str, Any]]:
-    """Each case in processes of its own; one that fails is shown and left out."""
+def device_count() -> int:
     import cupy
 
-    launcher, gpus, rows = shutil.which("mpiexec"), cupy.cuda.runtime.getDeviceCount(), []
-    for shape, tokens, density, tensor, context in CASES:
+    count: int = cupy.cuda.runtime.getDeviceCount()
+    return count
+
+
+def all_cases() -> Iterator[dict[str, Any]]:
+    """Each case in processes of its own; one that fails is shown and left out."""
+    launcher, gpus = shutil.which("mpiexec"), device_count()
+    for shape, tokens, density, tensor, context, runs in CASES:
         if tensor * context > gpus:
             continue
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -148,8 +159,7 @@ def all_cases(runs: int) -> list[dict[str, Any]]:
             case = ["--shape", shape, "--tokens", str(tokens), "--context-parallel", str(context), "--runs", str(runs), "--to", file.name]
             done = subprocess.run([*start, sys.executable, __file__, *case, *([] if density is None else ["--density", str(density)])])
             if done.returncode == 0:
-                rows.append(json.loads(Path(file.name).read_text()))
-    return rows
+                yield json.loads(Path(file.name).read_text())
 
 
 def with_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -172,9 +182,11 @@ def main() -> None:
     parser.add_argument("--to", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.shape is None:
-        rows = with_speedups(all_cases(arguments.runs))
-        name = rows[0]["device"].lower().replace(" ", "_")
-        print(write_result(f"llama_multi_gpu_{name}", {"stamp": stamp(), "config": LLAMA_3_1_8B, "shapes": SHAPES, "rows": rows}))
+        about, rows = {"stamp": stamp("cupy-cuda13x", "mpi4py"), "config": LLAMA_3_1_8B, "shapes": SHAPES}, []
+        for row in all_cases():  # written anew after each: a run that is stopped keeps what it has
+            rows.append(row)
+            name = row["device"].lower().replace(" ", "_")
+            write_result(f"llama_multi_gpu_{name}", about | {"gpus": device_count(), "rows": with_speedups(rows)})
         return
     row = measure(arguments)
     if world().rank == 0:
