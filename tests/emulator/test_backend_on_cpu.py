@@ -196,6 +196,19 @@ def test_composites_pooled_elsewhere_are_taken_as_they_are():
         np.testing.assert_array_equal(trace.mask, expected.mask)
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize(("capability", "q_len"), [("80", 100), ("90", 100), ("90", 3)])
+def test_a_row_that_sees_one_number_that_is_not_finite_is_nan_as_a_whole(capability, q_len, broken):
+    """The other numbers of such a row are not left half summed."""
+    problem = Problem(2, 1, q_len, 300, 64, UniSparseConfig(64, 8, 8, top_p=1.0))
+    q, k, v = inputs(problem, np.float16)
+    last = problem.q_offset + q_len - 1
+    v[:, last, 5] = broken  # the last query alone may see it
+    with cupy_on_cpu.installed(capability) as backend:
+        out = np.asarray(backend.run_sparse(*map(sys.modules["cupy"].asarray, (q, k, v)), problem)[0])
+    assert np.isnan(out[:, -1]).all() and np.isfinite(out[:, :-1]).all()
+
+
 @pytest.mark.parametrize("in_one_piece", [True, False])
 def test_a_batch_is_its_items(in_one_piece):
     config = UniSparseConfig(64, 8, 8, 2, top_p=(0.3, 0.8), key_anchors=2)

@@ -1,5 +1,5 @@
-// Step 6 of one query, key by key, by one warp in float32: hidden keys are left out for good, and what the query may really see
-// and is NaN stays NaN, found at the first such key.
+// Step 6 of one query, key by key, by one warp in float32: hidden keys are left out for good. Where the query may really see a key or
+// value that is not finite its whole row is NaN, at the first such key: sums that end there would look like numbers.
 #pragma once
 #include "shape.cuh"
 
@@ -58,7 +58,7 @@ DEVICE void attend_one_row(const uint16_t* q, const uint16_t* k, const uint16_t*
       nan = row.is_nan();
     }
   }
-  const float scale = row.sum == 0.f ? 0.f : 1.f / row.sum;
+  const float scale = nan ? __int_as_float(0x7fc00000) : row.sum == 0.f ? 0.f : 1.f / row.sum;
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i)
     if (32 * i + lane < HEAD_DIM) out[32 * i + lane] = (uint16_t)pack(row.out[i] * scale, 0.f);

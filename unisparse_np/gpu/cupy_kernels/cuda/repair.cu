@@ -2,7 +2,7 @@
 //
 // The tensor cores multiply the values of hidden keys by a weight of 0, and 0 * NaN is NaN: a NaN behind a query's position, in
 // a block that the query's own block shares, would reach it. The fast kernels only notice an output that is not finite; here
-// hidden keys are left out for good. What a row may really see and is NaN stays NaN, found at the first such key.
+// hidden keys are left out for good. A row that may really see what is not finite is NaN, found at the first such key.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  checking V's tile of the diagonal in the fast kernels: 2 % slower on short lists
