@@ -46,7 +46,7 @@ def config(top_p: float | None = None, tau: float | None = None, **more: int) ->
 
 PLAIN = {"key_anchors": 0}
 S64 = {"block_size": 64}
-RULES: dict[str, UniSparseConfig] = {
+RULES: dict[str, UniSparseConfig | list[UniSparseConfig]] = {
     "paper, bare, P .95": UniSparseConfig.paper(),
     "+ sink block": config(0.95, key_anchors=0, local_blocks=0),
     "+ local block": config(0.95, **PLAIN),
@@ -95,6 +95,18 @@ RULES: dict[str, UniSparseConfig] = {
     "S 64, c_q 2, c_k 2, tau .05": config(tau=0.05, q_compress=2, k_compress=2, **S64),
 }
 
+
+def of_heads(kind: str) -> list[UniSparseConfig]:
+    """A config a layer with values per head, as benchmarks/head_values.py found them; none before it has run."""
+    path = RESULTS / f"head_values_{kind}.json"
+    layers = json.loads(path.read_text(encoding="utf-8"))["attention"] if path.exists() else []
+    return [
+        UniSparseConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in layer.items()}) for layer in layers
+    ]
+
+
+PER_HEAD = {"S 64, P per head": of_heads("top_p"), "S 64, c 8, P or c 2, tau, both per head": of_heads("both")}
+RULES |= {rule: layers for rule, layers in PER_HEAD.items() if layers}
 UNIONS = tuple(rule for rule in RULES if " or c_q " in rule)
 FINE = tuple(rule for rule in RULES if rule.startswith("S 64, c_q 2, c_k 2, "))
 ON_NEEDLES = (
@@ -105,6 +117,7 @@ ON_NEEDLES = (
 ON_COPIES = (
     "paper, bare, P .95", "+ sink block", "+ local block", "+ 1 anchor a block: default", "2 anchors", "P .98", "S 64",
     "S 64, c 4, P .98", "S 64, c_q 4, c_k 2, tau .02", "S 64, c_q 2, c_k 4, tau .02", "S 64, c_q 1, c_k 8, tau .025", *UNIONS,
+    *(rule for rule in PER_HEAD if rule in RULES),
 )  # fmt: skip
 DEFAULT_RULES = {"text": tuple(RULES), "copy": ON_COPIES, "needles": ON_NEEDLES}
 
@@ -222,7 +235,7 @@ def summary(suite: Suite, backend: str, records: list[Row], where: dict[str, Any
     row_of = {"text": text_row, "copy": copy_row, "needles": needle_row}[suite.kind]
     rows = [
         {
-            "rule": rule, "config": asdict(config), "selection": selection_share(config), "items": len(by_rule[rule]),
+            "rule": rule, **described(config), "items": len(by_rule[rule]),
             **row_of(by_rule[rule], dense),
         }
         for rule, config in RULES.items()
@@ -230,6 +243,15 @@ def summary(suite: Suite, backend: str, records: list[Row], where: dict[str, Any
     ]  # fmt: skip
     result = {"stamp": where, "kind": suite.kind, "length": suite.length, "backend": backend, "rows": rows}
     return result | ({"solved": SOLVED, "dense_by_task": by_task(list(dense.values()))} if suite.kind == "needles" else {})
+
+
+def described(rule: UniSparseConfig | list[UniSparseConfig]) -> Row:
+    """A rule's config, of a list with values per head what the layers share, and the cost of selection."""
+    layers = rule if isinstance(rule, list) else [rule]
+    config = {
+        key: value if all(value == asdict(layer)[key] for layer in layers) else "per head" for key, value in asdict(layers[0]).items()
+    }
+    return {"config": config, "selection": selection_share(layers[0])}
 
 
 def text_row(found: list[Row], dense: dict[str, Row]) -> Row:
