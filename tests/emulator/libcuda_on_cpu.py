@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from tests.emulator import cupy_on_cpu
+import numpy as np
+
+from tests.emulator.kernel_on_cpu import Kernel, copied_parameters
+
+
+def encode_tensor_map(to: int, _type: int, rank: int, base: Any, sizes: Any, strides: Any, box: Any, _steps: Any, *_: int) -> int:
+    """cuTensorMapEncodeTiled for the emulator's TensorMap."""
+    assert to % 64 == 0 and rank == 4 and base.value % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    encoded = np.zeros(128, np.uint8)
+    encoded[:8].view(np.uint64)[0] = base.value
+    encoded[8:40].view(np.int64)[:] = list(sizes)
+    encoded[40:72].view(np.int64)[:] = [2, *strides]
+    encoded[72:88].view(np.int32)[:] = list(box)
+    ctypes.memmove(to, encoded.ctypes.data, 128)
+    return 0
+
+
+def move_tensor_map(at: int, address: int) -> int:
+    """cuTensorMapReplaceAddress for it."""
+    assert at % 64 == 0 and address % 16 == 0
+    ctypes.c_uint64.from_address(at).value = address
+    return 0
 
 
 class Driver:
@@ -13,8 +35,8 @@ class Driver:
 
     graphs: ClassVar[list[list[int] | None]] = []  # a graph's nodes, None once it is destroyed
     nodes: ClassVar[list[Callable[[], None]]] = []
-    cuTensorMapEncodeTiled = staticmethod(cupy_on_cpu.encode_tensor_map)
-    cuTensorMapReplaceAddress = staticmethod(cupy_on_cpu.move_tensor_map)
+    cuTensorMapEncodeTiled = staticmethod(encode_tensor_map)
+    cuTensorMapReplaceAddress = staticmethod(move_tensor_map)
 
     @staticmethod
     def cuGraphCreate(graph: Any, flags: int) -> int:
@@ -54,13 +76,13 @@ class Driver:
 
 def _node(given: Any) -> Callable[[], None]:
     """A kernel node with a copy of its parameters."""
-    kernel = cupy_on_cpu.Kernel.by_handle[given.function]
+    kernel = Kernel.by_handle[given.function]
     assert (given.grid_z, given.block_y, given.block_z) == (1, 1, 1)
     grid, threads, shared = (given.grid_x, given.grid_y), given.block_x, given.shared_bytes
-    parameters = cupy_on_cpu.copied_parameters(kernel, given.parameters)
+    parameters = copied_parameters(kernel, given.parameters)
 
     def launch() -> None:
-        cupy_on_cpu.Kernel.launched.append(kernel.name)
+        Kernel.launched.append(kernel.name)
         kernel.launch(parameters, -1, *grid, threads, shared)
 
     return launch
