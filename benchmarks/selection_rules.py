@@ -89,6 +89,7 @@ RULES: dict[str, UniSparseConfig | list[UniSparseConfig]] = {
     "S 64, c 8, P .93 or c_q 2, c_k 2, tau .03": config(0.93, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .95 or c_q 2, c_k 2, tau .03": config(0.95, 0.03, q_compress=2, k_compress=2, top_p_compress=8, **S64),
     "S 64, c 8, P .93 or c_q 2, c_k 2, tau .025: balanced": config(0.93, 0.025, q_compress=2, k_compress=2, top_p_compress=8, **S64),
+    "S 64, c_q 2, c_k 2, tau .03": config(tau=0.03, q_compress=2, k_compress=2, **S64),
     "S 64, c_q 2, c_k 2, tau .035": config(tau=0.035, q_compress=2, k_compress=2, **S64),
     "S 64, c_q 2, c_k 2, tau .0375": config(tau=0.0375, q_compress=2, k_compress=2, **S64),
     "S 64, c_q 2, c_k 2, tau .04": config(tau=0.04, q_compress=2, k_compress=2, **S64),

@@ -7,7 +7,7 @@ import pytest
 from unisparse_np import InvalidInput
 from unisparse_np.evaluation.results import ResultsFile
 
-RUN = {"suite": "text", "seed": 1, "configs": {"dense": "dense"}}
+RUN = {"suite": "text", "seed": 1, "configs": {"a": {"top_p": 0.95, "anchors": 1}}}
 
 
 def test_records_come_back(tmp_path: Path) -> None:
@@ -35,7 +35,13 @@ def test_a_line_cut_short_is_dropped_and_written_anew(tmp_path: Path, kept: int)
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"seed": 2}, "seed was 1, now 2"), ({"suite": "copy"}, 'suite was "text", now "copy"'), ({"more": 1}, "more was null, now 1")],
+    [
+        ({"seed": 2}, "seed was 1, now 2"),
+        ({"suite": "copy"}, 'suite was "text", now "copy"'),
+        ({"more": 1}, "more was null, now 1"),
+        ({"configs": {"a": {"top_p": 0.9, "anchors": 1}}}, "configs.a.top_p was 0.95, now 0.9"),
+        ({"configs": {"a": {"top_p": 0.95, "anchors": 1}, "b": "dense"}}, 'configs.b was null, now "dense"'),
+    ],
 )
 def test_another_run_is_refused_and_nothing_touched(tmp_path: Path, changes: dict, words: str) -> None:
     path = tmp_path / "r.jsonl"

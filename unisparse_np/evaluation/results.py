@@ -70,19 +70,27 @@ class ResultsFile:
 
     def _check_same(self, lines: list[dict[str, Any]], run: dict[str, Any]) -> None:
         before = {name: value for name, value in lines[0].items() if name != "kind"}
-        for name in sorted(set(before) | set(run)):
-            if before.get(name) != run.get(name):
-                shown = (json.dumps(value.get(name))[:80] for value in (before, run))
-                raise InvalidInput(
-                    f"results file {self.path} belongs to another run ({name} was {next(shown)}, now {next(shown)}): "
-                    "name another file with --results, or delete that one"
-                )
+        if before != run:
+            name, *values = _first_difference(before, run)
+            was, now = (json.dumps(value)[:80] for value in values)
+            raise InvalidInput(
+                f"results file {self.path} belongs to another run ({name} was {was}, now {now}): "
+                "name another file with --results, or delete that one"
+            )
         self.records = lines[1:]
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _first_difference(before: Any, now: Any, path: str = "") -> tuple[str, Any, Any]:
+    """(dotted name, value before, value now) of the first entry in which two objects differ, however deep it lies."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return path, before, now
+    name = next(name for name in sorted({*before, *now}) if name not in before or name not in now or before[name] != now[name])
+    return _first_difference(before.get(name), now.get(name), f"{path}.{name}" if path else name)
 
 
 def _json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
