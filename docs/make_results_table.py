@@ -11,8 +11,8 @@ from result_tables.figures import figure_table
 from result_tables.headlines import headlines
 from result_tables.loss_figures import LOSS_FIGURES
 from result_tables.loss_tables import LOSS_TABLES, PRESETS
-from result_tables.model_figures import MODEL_FIGURES
-from result_tables.speed_tables import ATTENTION_TABLES, CPU_TABLES, MODEL_TABLES
+from result_tables.model_figures import MODEL_FIGURES, SEVERAL, SEVERAL_GPUS_FIGURES
+from result_tables.speed_tables import ATTENTION_TABLES, CPU_TABLES, MODEL_TABLES, SEVERAL_GPUS_TABLES
 from result_tables.tables import Table, has_result, shown
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +40,7 @@ SECTIONS: dict[str, list[tuple[str, Table]]] = {
     "What sparse attention loses": LOSS_TABLES,
     "Attention and selection on a GPU": ATTENTION_TABLES,
     "Whole models on a GPU": MODEL_TABLES,
+    "On several GPUs": SEVERAL_GPUS_TABLES,
     "On a CPU": CPU_TABLES,
 }
 
@@ -59,13 +60,15 @@ def with_results(readme: str) -> str:
         figure_table("Attention on one GPU: q [32, L, 128], k, v [8, L, 128], bfloat16, causal, batch 1", ATTENTION_FIGURES),
         figure_table("A whole model on one GPU: bfloat16, batch 1", MODEL_FIGURES),
     ]
+    if has_result(*SEVERAL):
+        tables.append(figure_table("The 8B shape on several GPUs of one machine: 128K tokens, 25% density", SEVERAL_GPUS_FIGURES))
     return f"{before}{START}\n\n{''.join(tables)}{END}{after}"
 
 
 def page() -> str:
     """docs/measured.md: a section for each thing that is measured, a table for each result that is there."""
     sections = {title: [shown(name, table, root="../") for name, table in tables if has_result(name)] for title, tables in SECTIONS.items()}
-    return OPENING + "".join(f"## {title}\n\n" + "".join(tables) for title, tables in sections.items()).rstrip() + "\n"
+    return OPENING + "".join(f"## {title}\n\n" + "".join(tables) for title, tables in sections.items() if tables).rstrip() + "\n"
 
 
 if __name__ == "__main__":

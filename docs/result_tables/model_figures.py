@@ -1,4 +1,4 @@
-"""Figures of a whole model on one GPU beside what was asked of them: Llama-3.1-8B's shape, and SmolLM2-135M-Instruct."""
+"""Figures of whole models on one and several GPUs beside what was asked of them: Llama-3.1-8B's shape, and SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from result_tables.figures import Figure, Values, ratio, value
 from result_tables.tables import GPU, Row
 
-LARGE, SMALL = (f"llama_gpu_{GPU}",), (f"llama_parity_gpu_{GPU}",)
+LARGE, SMALL, SEVERAL = (f"llama_gpu_{GPU}",), (f"llama_parity_gpu_{GPU}",), (f"llama_multi_gpu_{GPU}",)
 # Reading the weights of the 8B shape alone, 15.0 GB, at the 3.95 TB/s that such reads reach on an H200.
 WEIGHTS_SECONDS = 3.8e-3
 
@@ -65,6 +65,17 @@ def cold_start(result: dict[str, Any]) -> Values:
     return (statistics.median(run["seconds"] for run in result["cold_start"]["compiled_before"]),)
 
 
+def best_split(gpus: int, key: str) -> Callable[[dict[str, Any]], Values]:
+    """A figure of the fastest way to share 128K tokens at 25% density out to so many GPUs."""
+
+    def measured(result: dict[str, Any]) -> Values:
+        case = {"shape": "8B", "tokens": 131072, "given_density": 0.25}
+        rows = [row for row in result["rows"] if row["tensor"] * row["context"] == gpus and case.items() <= row.items()]
+        return (min(rows, key=lambda row: row["seconds"])[key] if rows else None,)
+
+    return measured
+
+
 MODEL_FIGURES = [
     Figure(
         "8B shape, dense prompt of 8K / 32K, times the speed of transformers with cuDNN's attention",
@@ -107,4 +118,20 @@ MODEL_FIGURES = [
         goal=(2.0,),
         less_is_better=True,
     ),
+]
+
+SEVERAL_GPUS_FIGURES = [
+    Figure(f"{gpus} GPUs, times the speed of one", SEVERAL, best_split(gpus, "speedup"), asked=(asked,), goal=(gpus,))
+    for gpus, asked in ((2, 1.75), (4, 3.2), (8, 5.6))
+] + [
+    Figure(
+        f"{gpus} GPUs, share of the time in exchanges",
+        SEVERAL,
+        best_split(gpus, "exchange_share"),
+        asked=(0.12,),
+        goal=(0.12,),
+        form="{:.1%}",
+        less_is_better=True,
+    )
+    for gpus in (2, 4, 8)
 ]

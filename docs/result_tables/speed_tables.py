@@ -172,6 +172,25 @@ MODEL_TABLES: list[tuple[str, Table]] = [
     ),
 ]
 
+SEVERAL_GPUS_TABLES: list[tuple[str, Table]] = [
+    (
+        f"llama_multi_gpu_{GPU}",
+        Table(
+            "How long does a prompt take several GPUs? Random bfloat16 weights in the shape of Llama-3.1's 8B and 70B, given density",
+            {
+                "shape": text("shape"),
+                "tokens": number("tokens", ","),
+                "density": number("density", ".2f"),
+                "tensor-parallel": text("tensor"),
+                "context-parallel": text("context"),
+                "seconds": number("seconds", ".2f"),
+                "x one GPU": number("speedup", ".2f"),
+                "in exchanges": number("exchange_share", ".1%"),
+            },
+        ),
+    ),
+]
+
 CPU_TABLES: list[tuple[str, Table]] = [
     (
         "smollm2_prefill",
