@@ -162,11 +162,14 @@ def test_running_key_summary_is_the_summary_of_the_whole():
         np.testing.assert_array_equal(cached, whole)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-@pytest.mark.parametrize("config", [UniSparseConfig(64, 8, 8, 2, top_p=0.3), TWO_SIZES.config], ids=["one size", "two sizes"])
+@pytest.mark.parametrize(
+    ("config", "capability"),
+    [(UniSparseConfig(64, 8, 8, 2, top_p=0.3), "80"), (TWO_SIZES.config, "90")],
+    ids=["one size, portable", "two sizes, hopper"],
+)
 def test_a_summary_of_any_kind_and_strides(config, capability):
     """NumPy's arrays, 64-bit positions, float16 composites whose rows are not side by side."""
-    problem = Problem(4, 2, 70, 230, 64, config)
+    problem = Problem(4, 2, 20, 150, 64, config)
     q, k, v = inputs(problem, np.float16, seed=8)
     with cupy_on_cpu.installed(capability) as backend:
         qc, kc = backend.compress(*map(sys.modules["cupy"].asarray, (q, k)), problem)
@@ -196,11 +199,10 @@ def test_composites_pooled_elsewhere_are_taken_as_they_are():
         np.testing.assert_array_equal(trace.mask, expected.mask)
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf])
-@pytest.mark.parametrize(("capability", "q_len"), [("80", 100), ("90", 100), ("90", 3)])
+@pytest.mark.parametrize(("capability", "q_len", "broken"), [("80", 17, np.nan), ("90", 17, np.inf), ("90", 3, np.nan)])
 def test_a_row_that_sees_one_number_that_is_not_finite_is_nan_as_a_whole(capability, q_len, broken):
     """The other numbers of such a row are not left half summed."""
-    problem = Problem(2, 1, q_len, 300, 64, UniSparseConfig(64, 8, 8, top_p=1.0))
+    problem = Problem(2, 1, q_len, 100, 64, UniSparseConfig(64, 8, 8, top_p=1.0))
     q, k, v = inputs(problem, np.float16)
     last = problem.q_offset + q_len - 1
     v[:, last, 5] = broken  # the last query alone may see it

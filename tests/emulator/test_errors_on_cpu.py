@@ -131,3 +131,9 @@ def test_the_estimate_of_an_attention_call_is_not_below_what_it_allocates(capabi
         out = 2 * np.prod(shapes.out_shape) + 4 * np.prod(shapes.out_shape[:2])
         assert memory.attention_bytes(problem, 2, sparse=True) >= stages + mask + out
         assert memory.attention_bytes(problem, 2, sparse=False) >= attend.work_layout(shapes).size + out - 5 * 256  # pieces end on 256
+
+
+def test_a_row_threshold_needs_peaks():
+    problem = Problem(1, 1, 64, 64, 64, UniSparseConfig(64, 8, 8, row_threshold=0.1))
+    with cupy_on_cpu.installed("90") as backend, pytest.raises(InvalidInput, match="peak is None, but row_threshold is set"):
+        backend.select_blocks(sys.modules["cupy"].zeros((1, 1, 1), np.float32), None, problem)

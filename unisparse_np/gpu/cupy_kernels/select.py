@@ -9,6 +9,7 @@ import cupy
 import numpy as np
 
 from ...config import PerHead
+from ...errors import InvalidInput
 from ...problem import Problem, ceil_div
 from .plan import Plan, plan_of
 from .program import Launch
@@ -43,6 +44,8 @@ class BlockMask:
 
 def select_blocks(mean: Any, peak: Any, problem: Problem) -> Any:
     """Steps 4-5. mean, peak [Hc, Nq, Nk] -> mask [Hq, Nq, Nk] bool, composite heads repeated. peak is read under a row threshold only."""
+    if peak is None and problem.config.row_threshold is not None:
+        raise InvalidInput("peak is None, but row_threshold is set: give the peaks that score_blocks returns")
     plan = plan_of(problem)
     units = cupy.ascontiguousarray(cupy.rint(cupy.asarray(mean, dtype=np.float32) * np.float32(UNITS)).astype(np.uint32))
     return to_bool(select_words(units, None if peak is None else cupy.ascontiguousarray(peak, dtype=np.float32), plan), problem)
