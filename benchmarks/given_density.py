@@ -27,16 +27,19 @@ class GivenDensity:
         self.density, self.masks = density, {}
 
     def __enter__(self) -> None:
+        from unisparse_np.gpu import cupy_kernels
         from unisparse_np.gpu.cupy_kernels import run
 
-        self.module, self.real = run, run._select
-        run._select = self.select
+        self.real_select = run._select
+        self.real = {(run, "_select"): run._select, (cupy_kernels, "whole_layer"): cupy_kernels.whole_layer}
+        run._select, cupy_kernels.whole_layer = self.select, None  # layers part by part: a call of the whole one has its own selection
 
     def __exit__(self, *_: object) -> None:
-        self.module._select = self.real
+        for (module, name), function in self.real.items():
+            setattr(module, name, function)
 
     def select(self, q: Any, k: Any, plan: Any, *rest: Any) -> tuple[Any, Any, Any]:
-        _, anchors, scores = self.real(q, k, plan, *rest)
+        _, anchors, scores = self.real_select(q, k, plan, *rest)
         if plan.problem not in self.masks:
             self.masks[plan.problem] = self.mask(plan.problem)
         return self.masks[plan.problem], anchors, scores

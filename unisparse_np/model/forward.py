@@ -69,7 +69,14 @@ class ForwardPass:
             for start, stop in split.runs
         ]
         self._check(x, split, cache, "the embedding")
+        alone = self._tensor.size == self._context.size == 1 and observer is None and not self.check_finite
+        whole_layer = getattr(self.backend, "whole_layer", None) if alone else None
         for index, (weights, config) in enumerate(zip(self.weights.layers, configs, strict=True)):
+            if whole_layer is not None and (trace := whole_layer(index, weights, x, rotations[0], self.config, cache, config)) is not None:
+                self._keep_pace()
+                if count:
+                    cache.add_counts(index, trace)
+                continue
             attended = self._attention(index, weights, x, rotations, split, cache, config, count, observer)
             self._add_product(x, attended, weights.output, weights.output_bias)
             del attended

@@ -72,6 +72,11 @@ class KVCache:
         place = slice(self.length, self.length + tokens)
         return self._keys[layer, :, place], self._values[layer, :, place]
 
+    def whole(self) -> tuple[Any, Any]:
+        """All layers' keys and values [layers, Hkv, capacity, d], for who writes the next tokens' himself, from position `length` on."""
+        self._unfinished = True
+        return self._keys, self._values
+
     def upto(self, layer: int, length: int) -> tuple[Any, Any]:
         """Keys and values of positions 0 .. length-1: two views [Hkv, length, d]."""
         return self._keys[layer, :, :length], self._values[layer, :, :length]

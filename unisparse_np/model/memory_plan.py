@@ -69,7 +69,7 @@ class MemoryPlan:
             exchange = (2 + self.context_ranks) * 2 * tokens * config.num_key_value_heads * config.head_dim * item
         mlp = tokens * config.intermediate_size * item
         logits = (tokens if all_logits else 1) * config.vocab_size * 4
-        most = max(normed + qkv + q + exchange, 2 * q + attention, normed + 3 * mlp, normed + logits)
+        most = max(normed + qkv + q + exchange, max(2 * q, normed + qkv) + attention, normed + 3 * mlp, normed + logits)
         return tokens * config.hidden_size * STREAM_BYTES + most + RESERVE_BYTES
 
     def require(self, capacity: int) -> None:

@@ -26,11 +26,12 @@ from .run import run_dense, run_sparse
 from .sampling import new_sampler
 from .scores import score_blocks
 from .select import select_blocks
+from .whole_layer import whole_layer
 
 __all__ = [
     "RunningKeySummary", "as_composites", "as_numpy", "carrier", "check_finite", "compile_seconds", "compress", "dense_attention",
     "find_anchors", "from_any", "layers", "name", "new_decoder", "new_sampler", "require_device", "run_batch", "run_dense", "run_sparse",
-    "score_blocks", "select_blocks", "sparse_attention", "take_device", "to_kind_of", "xp",
+    "score_blocks", "select_blocks", "sparse_attention", "take_device", "to_kind_of", "whole_layer", "xp",
 ]  # fmt: skip
 
 name = "cupy"

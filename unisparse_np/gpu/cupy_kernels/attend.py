@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-
 from ...problem import KeySummary, Problem, ceil_div
 from . import plain_stages
 from .compress import find_anchors
@@ -65,7 +64,7 @@ def attend(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, plan: P
 
 def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors: Any, plan: Plan) -> Attended:
     problem, of_float16 = plan.problem, is_float16(q.array.dtype)
-    on_hopper = _on_hopper(problem)
+    on_hopper = runs_on_hopper(problem)
     words = counts = anchors_at = 0
     heads_per_mask = 1
     if mask is not None:
@@ -88,7 +87,7 @@ def _attend_in_tiles(q: Rows, k: Rows, v: Rows, mask: BlockMask | None, anchors:
     return Attended(out, lse, kernel_name(problem.head_dim, problem.config.block_size, on_hopper, of_float16))
 
 
-def _on_hopper(problem: Problem) -> bool:
+def runs_on_hopper(problem: Problem) -> bool:
     """Whether attend_sm90.cu runs; it has no room for two lists of head_dim 256."""
     fits = problem.head_dim < 256 or problem.config.block_size > 64
     return fits and problem.head_dim in HOPPER_HEAD_DIMS and capability() == (9, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class RunningKeySummary:
         self._held = sizes.held
         self._kc = new(sizes.composites, sizes.held)
         self._anchors = new(sizes.anchors, INT32)
-        self._recent: Any = None  # keys [Hkv, T, d] that end with those of the block that is not full
+        self._recent: Callable[[], Any]  # gives keys [Hkv, T, d] that end with those of the block that is not full
 
     def extend(self, k_new: Any) -> None:
         """Take in the next keys: k_new [Hkv, T, d]. Raises InvalidInput when they do not fit."""
@@ -63,7 +64,10 @@ class RunningKeySummary:
         if k_new.shape[1] == 0:
             return
         left = self.length % self.config.block_size
-        recent = cupy.concatenate([self._recent[:, self._recent.shape[1] - left :], k_new], axis=1) if left else k_new
+        recent = k_new
+        if left:
+            before = self._recent()
+            recent = cupy.concatenate([before[:, before.shape[1] - left :], k_new], axis=1)
         first = self.length // self.config.block_size * self.config.block_size  # position of recent's first key
         problem = Problem(*self._heads, 1, recent.shape[1], recent.shape[2], self.config)
         pooled = pool(None, recent, plan_of(problem), self._held, with_keys=True, with_anchors=True)
@@ -73,7 +77,8 @@ class RunningKeySummary:
             room.anchors[...] = cupy.where(pooled.anchors < 0, np.int32(-1), pooled.anchors + np.int32(first))
         self.length += k_new.shape[1]
         left = self.length % self.config.block_size
-        self._recent = recent[:, recent.shape[1] - left :].copy() if left else None  # the caller's array may change
+        kept = recent[:, recent.shape[1] - left :].copy()  # the caller's array may change
+        self._recent = lambda: kept
 
     def room(self, tokens: int) -> Places | None:
         """Where composites and anchors of the next keys belong; None when the keys so far end inside a block."""
@@ -89,9 +94,9 @@ class RunningKeySummary:
             blocks * anchors,
         )
 
-    def took(self, k_new: Any) -> None:
-        """`room` for these next keys, k_new [Hkv, T, d], has been filled: they now count. k_new is of a cache: it stays as it is."""
-        self.length += k_new.shape[1]
+    def took(self, tokens: int, k_new: Callable[[], Any]) -> None:
+        """`room` for the next keys has been filled: they now count. k_new gives them, [Hkv, tokens, d] of a cache: they stay."""
+        self.length += tokens
         self._recent = k_new
 
     def summary(self) -> KeySummary:

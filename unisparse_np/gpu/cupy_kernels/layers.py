@@ -23,6 +23,7 @@ from .device import kernel, source
 from .launch import Launcher
 from .memory import from_host, holds_not_finite, new_pacer
 from .products import get_ready, product, product_at
+from .program import Launch
 from .room import FLOAT32, Layout, allocate, new
 from .rotation import element, rotary_table, rotate_heads
 
@@ -91,7 +92,7 @@ def norm_linear(x: Any, norm: Any, eps: float, weight: Any, bias: Any = None) ->
         return linear(rms_norm(x, norm, eps, weight.dtype), weight, bias)
     normed = allocate(x.shape[0] * weight.shape[1] * weight.dtype.itemsize)
     out = new((x.shape[0], weight.shape[0]), weight.dtype)
-    _norm_linear_at(contiguous(x), norm, eps, weight, bias, normed.ptr, out.data.ptr)
+    norm_linear_at(contiguous(x), norm, eps, weight, bias, normed.ptr, out.data.ptr)
     return out
 
 
@@ -99,23 +100,22 @@ def norm_linear_swiglu(x: Any, norm: Any, eps: float, weight: Any, bias: Any = N
     """The same with swiglu behind it: weight [2m, in], gate first -> [T, m]."""
     if x.shape[0] == 1:
         return swiglu(linear(rms_norm(x, norm, eps, weight.dtype), weight, bias))
-    rows, (width, inner), dtype = x.shape[0], weight.shape, weight.dtype
-    layout = _mlp_layout(rows, inner, width, dtype.itemsize)
-    memory = allocate(layout.size)
+    rows, width, dtype = x.shape[0], weight.shape[0], weight.dtype
+    layout = mlp_layout(rows, *weight.shape, dtype.itemsize)
+    memory = allocate(layout.offsets["gated"])
     out = new((rows, width // 2), dtype)
-    normed, gate_up = (memory.ptr + layout.offsets[name] for name in ("normed", "gate_up"))
-    _norm_linear_at(contiguous(x), norm, eps, weight, bias, normed, gate_up)
-    _by_rows("swiglu", rows, width // 2, dtype, gate_up, out.data.ptr)
+    norm_linear_swiglu_at(contiguous(x), norm, eps, weight, bias, layout.addresses(memory.ptr) | {"gated": out.data.ptr})
     return out
 
 
 @lru_cache(maxsize=256)
-def _mlp_layout(rows: int, inner: int, width: int, itemsize: int) -> Layout:
-    return Layout(normed=rows * inner * itemsize, gate_up=rows * width * itemsize)
+def mlp_layout(rows: int, width: int, inner: int, itemsize: int) -> Layout:
+    """Memory between the two products of an MLP: what a norm gives, gate and up side by side (width), and their product."""
+    return Layout(normed=rows * inner * itemsize, gate_up=rows * width * itemsize, gated=rows * width // 2 * itemsize)
 
 
-def _norm_linear_at(x: Any, norm: Any, eps: float, weight: Any, bias: Any, normed: int, out: int) -> None:
-    """linear(rms_norm(x)) of contiguous x to the address out, by way of that of room for [T, in]."""
+def norm_linear_at(x: Any, norm: Any, eps: float, weight: Any, bias: Any, normed: int, out: int) -> None:
+    """norm_linear of contiguous x to the address out, by way of room for [T, in] at another."""
     rows, shape, dtype = x.shape[0], weight.shape, weight.dtype
     _norm_rows(rows, shape[1], dtype, x.data.ptr, norm.data.ptr, eps, normed)
     if bias is not None:
@@ -123,14 +123,25 @@ def _norm_linear_at(x: Any, norm: Any, eps: float, weight: Any, bias: Any, norme
     product_at(normed, weight.data.ptr, out, rows, shape, dtype, dtype, bias is not None)
 
 
+def norm_linear_swiglu_at(x: Any, norm: Any, eps: float, weight: Any, bias: Any, room: dict[str, int]) -> None:
+    """norm_linear_swiglu of contiguous x to the addresses of an mlp_layout."""
+    norm_linear_at(x, norm, eps, weight, bias, room["normed"], room["gate_up"])
+    _by_rows("swiglu", x.shape[0], weight.shape[0] // 2, weight.dtype, room["gate_up"], room["gated"])
+
+
 def add_linear(x: Any, y: Any, weight: Any, bias: Any = None) -> None:
     """x += y W^T + b, in place: the residual connection. x [T, out] float32, y [T, in] and weight [out, in] in one dtype."""
     if x.shape[0] == 1:
         gemv.gemv_add(weight, y, bias, x)
         return
+    add_linear_at(x, contiguous(y).data.ptr, weight, bias)
+
+
+def add_linear_at(x: Any, y: int, weight: Any, bias: Any) -> None:
+    """add_linear of many rows, y contiguous at an address."""
     if bias is not None:
         _by_rows("add_bias", *x.shape, weight.dtype, bias.data.ptr, x.data.ptr)
-    product(y, weight, x, add=True)
+    product_at(y, weight.data.ptr, x.data.ptr, x.shape[0], weight.shape, weight.dtype, x.dtype, True)
 
 
 def add(x: Any, y: Any) -> None:
@@ -201,6 +212,12 @@ def _row_launcher(name: str, dtype: np.dtype, width: int, device: int) -> tuple[
     """A kernel of layers.cu for rows of this width, on the current device, which `device` names; and thread blocks a row."""
     threads = threads_of_row(width)
     return _launcher(name, dtype, width, threads, 0), ceil_div(width, 8 * threads)
+
+
+def merging(out: int, merged: int, heads: int, tokens: int, dim: int, dtype: np.dtype) -> Launch:
+    """merge_heads from and to addresses, to be recorded."""
+    launcher, columns = _row_launcher("merge_heads", dtype, heads * dim, cupy.cuda.runtime.getDevice())
+    return Launch(launcher, tokens, columns, (out, merged, tokens, dim))
 
 
 def _norm_rows(rows: int, width: int, dtype: np.dtype, x: int, weight: int, eps: float, out: int) -> None:

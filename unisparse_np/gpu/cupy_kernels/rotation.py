@@ -73,7 +73,7 @@ def rotate_heads(
     q_composites = new(rotation.q_composites, FLOAT16) if rotation.pools else None
     rotation.launch(qkv, table, norms, None, (q, k_room, v_room), q_composites, room or NO_PLACES, summary)
     if room is not None:
-        summary.took(k_room)
+        summary.took(tokens, lambda: k_room)
     elif summary is not None:
         summary.extend(k_room)
     return q, q_composites
@@ -123,12 +123,19 @@ class Rotation:
         room: places of the keys' composites and anchors.
         """
         q, k, v = outputs
+        addresses = (qkv.data.ptr, table.data.ptr, address(position), q.data.ptr, k.data.ptr, v.data.ptr, address(q_composites))
+        self.launch_at(addresses, norms, (*strides_of(k), *strides_of(v)), room, 0 if summary is None else summary.length)
+
+    def launch_at(
+        self, addresses: tuple[int, ...], norms: tuple[Any, Any, float] | None, strides: tuple[int, ...], room: Places, before: int
+    ) -> None:
+        """The same to addresses: those of qkv, table, position, q, k, v and q_composites; strides of k and v; keys before these."""
+        qkv, table, position, q, k, v, q_composites = addresses
         q_norm, k_norm, eps = (0, 0, 0.0) if norms is None else (norms[0].data.ptr, norms[1].data.ptr, float(norms[2]))
         launcher = self._launchers.get(room.anchors != 0) or self._new_launcher(room.anchors != 0)
         launcher(
-            *self._grid, qkv.data.ptr, table.data.ptr, q_norm, k_norm, eps, *self._counts, address(position), q.data.ptr, k.data.ptr,
-            v.data.ptr, *strides_of(k), *strides_of(v), address(q_composites), *room, self._config.key_anchors,
-            0 if summary is None else summary.length,
+            *self._grid, qkv, table, q_norm, k_norm, eps, *self._counts, position, q, k, v, *strides, q_composites, *room,
+            self._config.key_anchors, before,
         )  # fmt: skip
 
     def _new_launcher(self, with_anchors: bool) -> Launcher:
