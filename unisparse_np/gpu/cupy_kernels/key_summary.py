@@ -14,7 +14,7 @@ from ...errors import InvalidInput
 from ...problem import KeySummary, Problem, ceil_div
 from .compress import pool
 from .plan import plan_of
-from .room import INT32, new
+from .room import INT32, Room
 from .shapes import composite_dtype
 
 
@@ -53,9 +53,8 @@ class RunningKeySummary:
         self.length = 0
         self.kv_heads_per_composite = sizes.kv_heads_per_composite
         self._heads = num_q_heads, num_kv_heads
-        self._held = sizes.held
-        self._kc = new(sizes.composites, sizes.held)
-        self._anchors = new(sizes.anchors, INT32)
+        self._sizes = sizes
+        self._kc, self._anchors = Room(sizes.composites, sizes.held), Room(sizes.anchors, INT32)
         self._recent: Callable[[], Any]  # gives keys [Hkv, T, d] that end with those of the block that is not full
 
     def extend(self, k_new: Any) -> None:
@@ -70,7 +69,7 @@ class RunningKeySummary:
             recent = cupy.concatenate([before[:, before.shape[1] - left :], k_new], axis=1)
         first = self.length // self.config.block_size * self.config.block_size  # position of recent's first key
         problem = Problem(*self._heads, 1, recent.shape[1], recent.shape[2], self.config)
-        pooled = pool(None, recent, plan_of(problem), self._held, with_keys=True, with_anchors=True)
+        pooled = pool(None, recent, plan_of(problem), self._sizes.held, with_keys=True, with_anchors=True)
         room = self._views(first, recent.shape[1])
         room.kc[...] = pooled.kc
         if pooled.anchors is not None:
@@ -85,12 +84,12 @@ class RunningKeySummary:
         if self.length % self.config.block_size:
             return None
         self._require_room(tokens)
-        (_, composites, dim), (_, blocks, anchors) = self._kc.shape, self._anchors.shape
+        (_, composites, dim), (_, blocks, anchors), held = self._sizes.composites, self._sizes.anchors, self._sizes.held
         first_composite, first_anchor = self.length // self.config.k_compress * dim, self.length // self.config.block_size * anchors
         return Places(
-            self._kc.data.ptr + first_composite * self._held.itemsize,
+            self._kc.address + first_composite * held.itemsize,
             composites * dim,
-            self._anchors.data.ptr + first_anchor * INT32.itemsize if anchors else 0,
+            self._anchors.address + first_anchor * INT32.itemsize if anchors else 0,
             blocks * anchors,
         )
 
@@ -98,6 +97,12 @@ class RunningKeySummary:
         """`room` for the next keys has been filled: they now count. k_new gives them, [Hkv, tokens, d] of a cache: they stay."""
         self.length += tokens
         self._recent = k_new
+
+    def addresses(self) -> tuple[int, int]:
+        """Those of all room for composites and anchors; the second is 0 where the anchors so far [Hkv, Nk, r] do not lie side by side."""
+        heads, blocks, _ = self._sizes.anchors
+        side_by_side = heads == 1 or blocks == ceil_div(self.length, self.config.block_size)
+        return self._kc.address, self._anchors.address if side_by_side else 0
 
     def summary(self) -> KeySummary:
         """kc [Hkc, Tk, d] and anchors [Hkv, Nk, r] of the keys so far: views, valid until the next extend."""
@@ -108,13 +113,14 @@ class RunningKeySummary:
 
         Keys pooled that way are not counted here: `extend` takes them again, with the same result, should anyone call it.
         """
-        return KeySummary(self._kc, self._anchors)
+        return KeySummary(self._kc.array, self._anchors.array)
 
     def _views(self, first: int, tokens: int) -> KeySummary:
         """The composites and blocks of `tokens` keys from position `first` on, which begins a block."""
         width, size = self.config.k_compress, self.config.block_size
         return KeySummary(
-            _rows(self._kc, first // width, ceil_div(tokens, width)), _rows(self._anchors, first // size, ceil_div(tokens, size))
+            _rows(self._kc.array, first // width, ceil_div(tokens, width)),
+            _rows(self._anchors.array, first // size, ceil_div(tokens, size)),
         )
 
     def _require_room(self, tokens: int) -> None:

@@ -144,9 +144,10 @@ class WholeLayer:
         trace = Trace(f"{self._name} dense", self._plan.visible_blocks, self._plan.visible_blocks, None)
         if self._sparse:
             running.took(tokens, lambda: keys[index, :, start : start + tokens])
-            summary, mask = running.summary(), empty_mask(self._plan)
-            anchors = positions(summary.anchors)
-            kc_at, anchors_at = summary.kc.data.ptr, anchors.data.ptr
+            (kc_at, anchors_at), mask = running.addresses(), empty_mask(self._plan)
+            if self._with_anchors and not anchors_at:
+                anchors = positions(running.summary().anchors)
+                anchors_at = anchors.data.ptr
             words_at, counts_at = mask.words_at, mask.counts_at
             trace = DeviceTrace(self._name, None, mask, None, self._plan)
         self._program.run(k_at, v_at, kc_at, anchors_at, words_at, counts_at, memory.ptr)
