@@ -204,6 +204,30 @@ def checks(one: OneGpu, device: str) -> list[str]:
     return header + lines if lines else []
 
 
+def checks_on_several(one: OneGpu, device: str) -> list[str]:
+    """The model beside whole prefills that were measured on several GPUs of that kind, each with its speedup and share of exchanges."""
+    shapes, lines = {shape.name: shape for shape in SHAPES}, []
+    for path in sorted(RESULTS.glob("llama_multi_gpu_*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["device"] != device or row["tensor"] * row["context"] == 1:
+                continue
+            shape, grid, density = shapes[row["shape"]], Grid(row["tensor"], row["context"]), row["given_density"]
+            exchange = shape.layers * exchange_seconds(shape, row["tokens"], grid)
+            seconds = shape.layers * compute_seconds(one, shape, row["tokens"], density, grid) + exchange
+            label = next(label for label, tokens in LENGTHS.items() if tokens == row["tokens"])
+            alone = f"{row['speedup']:.2f}" if "speedup" in row else "does not fit one"
+            lines.append(
+                f"| {shape.name} {label}, {'dense' if density is None else f'{density:.0%} density'} | {grid.tensor} x {grid.context} "
+                f"| {seconds:.2f} s, {exchange / seconds:.1%} | {row['seconds']:.2f} s, {row['exchange_share']:.1%} | {alone} "
+                f"| [{path.name}](../benchmarks/results/{path.name}) |"
+            )
+    header = [
+        "", f"And on several {device}, seconds and the share of exchanges in them; speedup over one GPU in the same run:", "",
+        "| | tensor x context | by the model | measured | speedup | |", "| --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    return header + lines if lines else []
+
+
 def tables() -> str:
     """Everything between the page's markers, from the last of the GPUs that attention was measured on."""
     path = max(RESULTS.glob("attention_gpu_*.json"))
@@ -228,6 +252,7 @@ def tables() -> str:
             "",
             *prefill_table(one, None),
             *checks(one, device),
+            *checks_on_several(one, device),
         ]
     )
 
