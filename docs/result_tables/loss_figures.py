@@ -24,9 +24,8 @@ def least_kl(densest: float) -> Callable[[dict[str, Any]], Values]:
 
 
 def most_needles(*results: dict[str, Any]) -> Values:
-    """At 4K and 8K of all tasks; at 16K of those that dense attention solves to 80%."""
-    keys, densest = ("share_of_dense", "share_of_dense", "share_on_solved_tasks"), (0.36, 0.21, 0.15)
-    return tuple(best(result, key, most, max) for result, key, most in zip(results, keys, densest, strict=True))
+    """On the tasks that dense attention solves to 80%, 12 of 14 at 4K and 13 at 8K and 16K: on the others chance decides."""
+    return tuple(best(result, "share_on_solved_tasks", most, max) for result, most in zip(results, (0.36, 0.21, 0.15), strict=True))
 
 
 def of_balanced(key: str) -> Callable[..., Values]:
@@ -66,7 +65,7 @@ LOSS_FIGURES = [
         less_is_better=True,
     ),
     Figure(
-        "needle-llama, 4K / 8K / 16K: largest share of dense kept by any rule at a density of at most .36 / .21 / .15",
+        "needle-llama, 4K / 8K / 16K: share of dense kept on tasks that it solves, best rule at a density of at most .36 / .21 / .15",
         NEEDLES,
         most_needles,
         asked=(0.99,) * 3,

@@ -25,13 +25,14 @@ MEASURES = {
 
 
 class Agreement(NamedTuple):
-    """A figure beside the prototype's. allowed: 95% of differences by chance are at most this."""
+    """A figure beside the prototype's. allowed: 95% of differences by chance are at most this; note: what is known of this one."""
 
     ours: float
     prototype: float
     allowed: float
     inside_ours: bool
     form: str
+    note: str
 
     @property
     def agrees(self) -> bool:
@@ -50,7 +51,7 @@ def agreement_of(row: Row, prototype: Row | None, measure: Measure) -> Agreement
     half = high - ours if measure.below_is_cut else (high - low) / 2
     allowed = half * math.sqrt(1 + row["items"] / prototype["items"])
     theirs = prototype[measure.figure]
-    return Agreement(ours, theirs, allowed, low <= theirs <= high, measure.form)
+    return Agreement(ours, theirs, allowed, low <= theirs <= high, measure.form, prototype.get("note", "why is not known"))
 
 
 def in_words(agreements: dict[str, Agreement]) -> str:
@@ -62,8 +63,9 @@ def in_words(agreements: dict[str, Agreement]) -> str:
     text = f"The prototype's figure agrees in {agree} of {count} rows, and lies inside our own interval in {strict}."
     others = [
         f"{rule} is {'lower' if found.ours < found.prototype else 'higher'} here by {abs(found.ours - found.prototype):{found.form}}, "
-        f"where chance explains {found.allowed:{found.form}}"
+        f"where chance explains {found.allowed:{found.form}} ({found.note})"
         for rule, found in agreements.items()
         if not found.agrees
     ]
-    return text + (f" Not in agreement: {'; '.join(others)}." if others else "") + "\n"
+    expected = f"Chance alone would leave out one in twenty, {count / 20:.1f} here. Left out: "
+    return text + (f" {expected}{'; '.join(others)}." if others else "") + "\n"

@@ -49,13 +49,14 @@ def test_rows_that_disagree_are_named_with_their_direction(prototype: ModuleType
     found = {
         rule: prototype.agreement_of(
             {"share_of_dense": value, "share_interval": ends, "items": 100},
-            {"share_of_dense": 0.925, "items": 100},
+            {"share_of_dense": 0.925, "items": 100, "note": "other questions"},
             prototype.MEASURES["needles"],
         )
         for rule, (value, ends) in rows.items()
     }
     assert prototype.in_words(found) == (
         "The prototype's figure agrees in 2 of 3 rows, and lies inside our own interval in 1. "
-        "Not in agreement: b is lower here by 0.025, where chance explains 0.014.\n"
+        "Chance alone would leave out one in twenty, 0.1 here. "
+        "Left out: b is lower here by 0.025, where chance explains 0.014 (other questions).\n"
     )
     assert prototype.in_words({}) == ""
