@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from result_tables.quality_rows import loss_at_density, loss_rows, tune_rows
+from result_tables.quality_rows import OTHER_LOSSES, loss_at_density, loss_rows, tune_rows
 from result_tables.tables import Columns, Row, Table, number, text, with_interval
 
 
@@ -37,6 +37,7 @@ PRESETS: tuple[str, Table] = (  # the table of README.md: what each rule loses, 
             "selection": lambda row: f"{row['text']['selection']:.3f}",
         },
         loss_rows,
+        others=tuple(f"selection_rules_{name}" for name in OTHER_LOSSES),
     ),
 )
 

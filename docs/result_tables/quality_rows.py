@@ -15,10 +15,12 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 Row = dict[str, Any]
 
+OTHER_LOSSES = ("copy_8192", "needles_4096", "needles_8192", "needles_16384")  # beside the text's
+
 
 def loss_rows(text: dict[str, Any]) -> list[Row]:
     """Dense attention, the paper's rule bare and with the sink block, and the presets: the loss of each on text, quotations, needles."""
-    others = {name: selection_result(name) for name in ("copy_8192", "needles_4096", "needles_8192", "needles_16384")}
+    others = {name: selection_result(name) for name in OTHER_LOSSES}
     dense = {name: {"nll_over_dense": 0.0, "share_on_solved_tasks": 1.0, "density": 1.0} for name in others}
     rows: list[Row] = [{"attention": "dense", "text": {"kl": 0.0, "density": 1.0, "selection": 0.0}, **dense}]
     shown = {"paper's rule, bare": UniSparseConfig.paper(), "paper's rule, sink block kept": UniSparseConfig(key_anchors=0, local_blocks=0)}

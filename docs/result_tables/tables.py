@@ -17,11 +17,15 @@ Columns = dict[str, Callable[[Row], str]]
 
 @dataclass(frozen=True)
 class Table:
-    """How one result is shown. columns: heading -> how to write it from a row; rows: where the rows are in the file."""
+    """How one result is shown.
+
+    columns: heading -> how to write it from a row; rows: where the rows are in the file; others: files that rows take figures from too.
+    """
 
     question: str
     columns: Columns
     rows: Callable[[dict[str, Any]], list[Row]] = lambda result: result["rows"]
+    others: tuple[str, ...] = ()
 
 
 def has_result(name: str) -> bool:
@@ -37,7 +41,11 @@ def result_of(name: str) -> dict[str, Any]:
 
 def shown(name: str, table: Table, root: str) -> str:
     """One result: its question, its rows, and where it was measured; root leads from the page to the top of the project."""
-    return f"**{table.question}**\n\n{grid(table.columns, table.rows(result_of(name)))}\n{captions([name], root)[0]}\n\n"
+    return (
+        f"**{table.question}**\n\n{grid(table.columns, table.rows(result_of(name)))}\n"
+        + "\n".join(captions([name, *table.others], root))
+        + "\n\n"
+    )
 
 
 def grid(columns: Columns, rows: list[Row]) -> str:
@@ -71,10 +79,14 @@ def command_of(stamp: dict[str, Any]) -> str:
 
 
 def machine_of(result: dict[str, Any]) -> str:
-    """The GPU of a run, or its processor where it had none."""
+    """The GPU of a run, or its GPUs, or its processor where it had none."""
     stamp = result.get("stamp", result)
-    gpu = result.get("device") or stamp.get("device") or next((gpu["name"] for gpu in stamp.get("gpus", [])), None)
-    return gpu or f"{stamp['cpu']['name']}, {stamp['cpu']['cores']} cores"
+    names = [part["device"] for part in (result, stamp, *result.get("rows", ())) if "device" in part]
+    names += [gpu["name"] for gpu in stamp.get("gpus", ())]
+    if not names:
+        return f"{stamp['cpu']['name']}, {stamp['cpu']['cores']} cores"
+    count = result["gpus"] if isinstance(result.get("gpus"), int) else 1
+    return str(names[0]) if count == 1 else f"{count} × {names[0]}"
 
 
 def number(name: str, form: str) -> Callable[[Row], str]:
