@@ -141,7 +141,6 @@ class WholeLayer:
         addresses = (room["qkv"], table.data.ptr, 0, room["q"], k_at + new_at, v_at + new_at, q_composites)
         self._rotation.launch_at(addresses, norms, self._strides, places, start if self._sparse else 0)
         kc_at = anchors_at = words_at = counts_at = 0
-        trace = Trace(f"{self._name} dense", self._plan.visible_blocks, self._plan.visible_blocks, None)
         if self._sparse:
             running.took(tokens, lambda: keys[index, :, start : start + tokens])
             (kc_at, anchors_at), mask = running.addresses(), empty_mask(self._plan)
@@ -149,7 +148,9 @@ class WholeLayer:
                 anchors = positions(running.summary().anchors)
                 anchors_at = anchors.data.ptr
             words_at, counts_at = mask.words_at, mask.counts_at
-            trace = DeviceTrace(self._name, None, mask, None, self._plan)
+            trace: Trace = DeviceTrace(self._name, None, mask, None, self._plan)
+        else:
+            trace = Trace(f"{self._name} dense", self._plan.visible_blocks, self._plan.visible_blocks, None)
         self._program.run(k_at, v_at, kc_at, anchors_at, words_at, counts_at, memory.ptr)
         add_linear_at(x, room["normed"], weights.output, weights.output_bias)
         room = self._mlp.addresses(memory.ptr)
