@@ -278,6 +278,7 @@ template <class Each> inline void for_each_element(const Tiles& t, uint32_t shar
       }
 }
 inline void tma_prefetch(const TensorMap*) {}
+inline void tma_prefetch_columns(const TensorMap*, int, int, int) {}
 inline void tma_load_columns(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, int head, uint64_t) {
   if (to & 1023) fail("misaligned TMA tile");
   Block* block = fibre->block;

@@ -258,7 +258,7 @@ PLANTED = {
     ),
     "keys are freed too early": ("attend_sm90.cu", "        wgmma_wait<1>();\n        pin(s);\n", "        pin(s);\n"),
     "the wrong parity after a ring's end": ("attend_sm90_layout.cuh", "stage = 0; parity ^= 1;", "stage = 0;"),
-    "an old maximum": ("attend_sm90.cu", "    max0 = x0;\n", ""),
+    "an old maximum": ("attend_sm90_tile.cuh", "    max0 = x0;\n", ""),
     "a part that holds nothing is seen": ("attend_sm90_producer.cuh", "    if (lane >= filled && lane < PARTS) part = NO_KEYS;\n", ""),
     "anchors of selected blocks": ("attend_sm90_producer.cuh", " & ~word_of(under_way, w)", ""),
     "a coarse composite takes all for full": ("compress.cu", "const float tokens = min(held, stop - start)", "const float tokens = held"),

@@ -11,12 +11,14 @@
 //   7  the next item's mask is read, and the number of the one after drawn, while an item runs
 //   8  a tile is three parts of 64 keys from anywhere in the list: 192 keys a tile, a third fewer rounds of barriers, maxima and
 //      rescaling, and Q is read from shared memory less often; blocks of 64: three (head_dim 64) or two lists a multiprocessor
-//   9  each consumer's Q by itself, freed after its last QK; O leaves from the registers, 16 bytes a lane
+//   9  each consumer's Q by itself; O leaves from the registers, 16 bytes a lane
 //  10  head_dim 64: items of 64 rows and three lists a multiprocessor for every block size; head_dim 96 and 256; the producer keeps
 //      what it needs once an item in shared memory and spills nothing
+//  11  Q is freed after an item's last QK, and the next item's Q is in the L2 by then; of an item's last tile only the parts that hold
+//      keys are loaded and multiplied by their values; a mask only where some row of the warpgroup needs it
 // Dead ends: skipping the rescale of the accumulator when no maximum moved; some exponentials by polynomial; Q in registers;
 // an item's last product under the next one's first; QK of the next half tile under the softmax of this one; other moments to hand
-// on the turn; leaving out what an item's last tile does not hold.
+// on the turn; a tile that says itself that it is an item's last.
 //
 // A team is one warp of the producer warpgroup and CONSUMERS warpgroups of 64 query rows that share a list of blocks. Blocks of 64
 // and head_dim 64 have one consumer a team and several teams a thread block.
@@ -24,33 +26,15 @@
 // Shared memory, from a 1024-byte boundary (swizzled tiles [PANELS][rows][64], columns past HEAD_DIM 0); of each team:
 //   Q   CONSUMERS x 64 x HEAD_DIM    query tiles
 //   K   STAGES x BN x HEAD_DIM       key tiles, and V the same: separate rings
-//   then of each team: barriers; an item's record a consumer {head, first row, number of key tiles, -}; a tile's record a K stage
-//   {PARTS parts, mask bits, words of unselected blocks}; the items under way, and the first words of the mask of one
+//   then of each team: barriers; an item's record a consumer {head, first row, number of key tiles, parts of the last}; a tile's record
+//   a K stage {PARTS parts, mask bits, words of unselected blocks}; the items under way, and the first words of the mask of one
 #include "attend_sm90_producer.cuh"
+#include "attend_sm90_tile.cuh"
 
 // A warp is done with a buffer: its reads come before the one arrival that stands for all its lanes.
 DEVICE void release(uint32_t barrier, int lane) {
   __syncwarp();
   if (lane == 0) barrier_arrive(barrier);
-}
-// scores[64 x BN] = Q[64 x HEAD_DIM] K[BN x HEAD_DIM]^T
-DEVICE void multiply_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
-#pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step) {
-    const int panel = step >> 2, column = (step & 3) * 2;
-    wgmma_shared(s, q + panel * (64 * 128 / 16) + column, k + panel * (BN * 128 / 16) + column, step > 0);
-  }
-}
-// out[64 x HEAD_DIM] += P[64 x BN] V[BN x HEAD_DIM]
-DEVICE void multiply_pv(float (&o)[HEAD_DIM / 2], uint32_t (&p)[BN / 4], uint64_t v) {
-#pragma unroll
-  for (int step = 0; step < BN / 16; ++step)
-    wgmma_registers(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3], v + step * (16 * 128 / 16));
-}
-
-DEVICE void to_16_bit(uint32_t (&p)[BN / 4], const float (&s)[BN / 2]) {
-#pragma unroll
-  for (int i = 0; i < BN / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
 // Word j of lane i of a quad becomes word i of lane j.
@@ -67,64 +51,6 @@ DEVICE void transpose_quad(uint32_t (&x)[4], int lane) {
   }
 }
 
-// Hides what the rows of this thread may not see in a tile; `masked` has a bit for each part that needs it.
-DEVICE void hide(float (&s)[BN / 2], uint32_t masked, uint32_t record, int4 item, int row, int column, const Shape& shape, const int* anchors) {
-  const int last0 = last_visible_key(shape, item.y + row);
-  const Mask<PART> mask = {anchors, item.x / (shape.num_q_heads / shape.num_kv_heads), visible_blocks(shape, item.y / BLOCK_SIZE), last0,
-                           shape.causal ? last0 + 8 : last0, last_visible_key(shape, item.y), column};
-#pragma unroll
-  for (int p = 0; p < PARTS; ++p) {
-    if (!(masked >> p & 1)) continue;
-    const int part = load_shared(record + 4 * p);
-    if (part >= 0) {
-      mask.hide_keys(s + p * (PART / 2), part);
-    } else {
-      const uint32_t unselected[2] = {(uint32_t)load_shared(record + 16 + 8 * p), (uint32_t)load_shared(record + 20 + 8 * p)};
-      mask.hide_anchors(s + p * (PART / 2), ~part, unselected, shape);
-    }
-  }
-}
-
-struct Rows {  // the running softmax of a thread's two rows, r and r + 8, in powers of two: max0/1 are largest scores times c
-  float max0, max1, sum0, sum1, scale0, scale1;
-
-  // Takes in one tile of scores and leaves exp2(score * c - max) in their place; scale0/1 shrink what came before.
-  DEVICE void absorb(float (&s)[BN / 2], float c) {
-    float x0 = s[0], x1 = s[2], y0 = s[4], y1 = s[6];
-#pragma unroll
-    for (int j = 0; j < BN / 8; j += 2) {
-      x0 = fmaxf(x0, fmaxf(s[4 * j], s[4 * j + 1]));
-      x1 = fmaxf(x1, fmaxf(s[4 * j + 2], s[4 * j + 3]));
-      y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
-      y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
-    }
-    x0 = fmaxf(max0, quad_max(fmaxf(x0, y0)) * c);
-    x1 = fmaxf(max1, quad_max(fmaxf(x1, y1)) * c);
-    const float n0 = x0 == -INFINITY_F ? 0.f : x0;  // a row that has seen nothing yet
-    const float n1 = x1 == -INFINITY_F ? 0.f : x1;
-    scale0 = exp2_fast(max0 - n0);  // exactly 1 where the maximum stays
-    scale1 = exp2_fast(max1 - n1);
-    max0 = x0;
-    max1 = x1;
-    sum0 *= scale0;
-    sum1 *= scale1;
-    float e0 = 0.f, e1 = 0.f;
-#pragma unroll
-    for (int j = 0; j < BN / 8; ++j) {
-      s[4 * j] = exp2_fast(fmaf(s[4 * j], c, -n0));
-      s[4 * j + 1] = exp2_fast(fmaf(s[4 * j + 1], c, -n0));
-      s[4 * j + 2] = exp2_fast(fmaf(s[4 * j + 2], c, -n1));
-      s[4 * j + 3] = exp2_fast(fmaf(s[4 * j + 3], c, -n1));
-      sum0 += s[4 * j];
-      e0 += s[4 * j + 1];
-      sum1 += s[4 * j + 2];
-      e1 += s[4 * j + 3];
-    }
-    sum0 += e0;
-    sum1 += e1;
-  }
-};
-
 // Takes items until none is left: of each, attention of 64 query rows.
 DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const int* anchors, uint32_t* out, float* lse, int* broken) {
   const uint32_t base = where.base, barriers = where.barriers, items = where.items, tiles = where.tiles;
@@ -139,16 +65,15 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
   while (true) {
     barrier_wait(Q_FULL(consumer), q_parity);
     q_parity ^= 1;
-    const int num_tiles = load_shared(item_record + 8);
+    const int4 item = load_shared4(item_record);
+    const int num_tiles = item.z;
     if (num_tiles < 0) break;
     float o[HEAD_DIM / 2];
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
     Rows rows = {-INFINITY_F, -INFINITY_F, 0.f, 0.f, 1.f, 1.f};
 
-    int4 item;
     if (num_tiles == 0) {
-      item = load_shared4(item_record);
       release(Q_EMPTY(consumer), lane);
     } else {
       const uint64_t q_tile = tile_descriptor(base + Q_AT + consumer * Q_BYTES, 16);
@@ -164,8 +89,9 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
         wgmma_commit();
         wgmma_wait<0>();
         pin(s);
-        if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
+        if (masked) hide(s, masked, record, item, row, (lane & 3) * 2, shape, anchors);
         release(K_EMPTY(k.stage), lane);
+        if (num_tiles == 1 && lane == 0) barrier_arrive(Q_EMPTY(consumer));
         k.advance();
         rows.absorb(s, c);
         to_16_bit(p, s);
@@ -185,13 +111,14 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
         pin(o);
         pin(p);
         wgmma_fence();
-        multiply_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
+        multiply_pv<PARTS>(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
         wgmma_commit();
         if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
         wgmma_wait<1>();
         pin(s);
-        if (masked) hide(s, masked, record, load_shared4(item_record), row, (lane & 3) * 2, shape, anchors);
+        if (masked) hide(s, masked, record, item, row, (lane & 3) * 2, shape, anchors);
         release(K_EMPTY(k.stage), lane);
+        if (j + 1 == num_tiles && lane == 0) barrier_arrive(Q_EMPTY(consumer));  // Q's last product is done
         k.advance();
         rows.absorb(s, c);
         pin(s);
@@ -212,19 +139,10 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
           o[4 * i + 3] *= rows.scale1;
         }
       }
-      item = load_shared4(item_record);
-      release(Q_EMPTY(consumer), lane);  // Q and the item's record are free
       barrier_wait(V_FULL(v.stage), v.parity);
-      pin(o);
-      pin(p);
-      wgmma_fence();
-      multiply_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
-      wgmma_commit();
+      multiply_last_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128), item.w);
       rows.sum0 = quad_sum(rows.sum0);
       rows.sum1 = quad_sum(rows.sum1);
-      wgmma_wait<0>();
-      pin(o);
-      pin(p);
       release(V_EMPTY(v.stage), lane);
       v.advance();
     }

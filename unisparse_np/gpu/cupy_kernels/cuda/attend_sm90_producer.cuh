@@ -11,11 +11,12 @@ struct Producer {
   int part, previous, filled, sent;  // this lane's part of the tile being filled, and of the tile whose values come next
   Ring k, v;
 
+  // The parts that hold keys come; what else lies in the buffer is hidden, and not multiplied by its values.
   DEVICE void copy(uint32_t to, uint32_t barrier, const TensorMap* blocks, const TensorMap* anchors, int part) {
-    const int first = __shfl_sync(0xffffffffu, part, 0);
-    if (lane == 0) barrier_arrive_expecting(barrier, KV_BYTES);
-    if (part == NO_KEYS) part = first;  // something, to be hidden
-    if (lane < PARTS) {
+    const bool holds_keys = lane < PARTS && part != NO_KEYS;
+    const int parts = __popc(__ballot_sync(0xffffffffu, holds_keys));
+    if (lane == 0) barrier_arrive_expecting(barrier, parts * (PART * PANELS * 128));
+    if (holds_keys) {
 #pragma unroll
       for (int panel = 0; panel < PANELS; ++panel)
         tma_load_columns(to + panel * (BN * 128) + (thread_again() & 31) * (PART * 128), part < 0 ? anchors : blocks, barrier, 64 * panel, part < 0 ? ~part : part, kv_head,
@@ -115,7 +116,7 @@ DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int
         const int row = load_shared(under_way + 4) * BM + 64 * i;
         barrier_wait(Q_EMPTY(i), q_parity);
         if (lane == 0) {
-          store_shared(items + 16 * i, make_int4(head, row, ceil_div(num_parts, PARTS), 0));
+          store_shared(items + 16 * i, make_int4(head, row, ceil_div(num_parts, PARTS), (num_parts + PARTS - 1) % PARTS + 1));
           if (num_parts) {
             barrier_arrive_expecting(Q_FULL(i), Q_BYTES);
 #pragma unroll
@@ -127,6 +128,8 @@ DEVICE void produce(const Inputs& in, const Shape& shape, const Team& where, int
         }
       }
       q_parity ^= 1;
+      if (const int copy = thread_again() & 31; copy < CONSUMERS * PANELS && load_shared(next_item + 4) >= 0)  // the next item's Q comes from memory while this one runs
+        tma_prefetch_columns(in.queries, 64 * (copy % PANELS), load_shared(next_item + 4) * BM + 64 * (copy / PANELS), load_shared(next_item));
       next_word = word_of(next_item, lane);
       if (lane == 31) p.part = atomicAdd(counter, 1);
     };

@@ -23,6 +23,10 @@ DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;
 #define L2_EVICT_FIRST 0x12F0000000000000ull
 #define L2_EVICT_LAST 0x14F0000000000000ull
 DEVICE void tma_prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"((uint64_t)map) : "memory"); }
+DEVICE void tma_prefetch_columns(const TensorMap* map, int column, int row, int head) {  // 64 of them, into the L2
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];"
+               ::"l"((uint64_t)map), "r"(column), "r"(row), "r"(0), "r"(head) : "memory");
+}
 DEVICE void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, int row, int head, uint64_t policy) {  // all columns
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %3, %5}], [%2], %6;"
                ::"r"(to), "l"((uint64_t)map), "r"(barrier), "r"(0), "r"(row), "r"(head), "l"(policy) : "memory");

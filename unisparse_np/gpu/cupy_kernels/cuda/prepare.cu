@@ -1,23 +1,52 @@
-// Before step 6: what the attention kernels need when they start, in one launch: the order in which they take their items, longest first
-// inside sections whose keys and values fit the L2, and the anchor keys and values side by side.
+// What the attention kernels need before they start, in one launch: the order in which they take their items, longest first inside
+// sections whose keys and values fit the L2, and the anchor keys and values side by side.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  a sort on the host (a synchronisation)
 //   2  one thread block a section, a counting sort by length; the anchors in a launch of their own
 //   3  both in one launch: they do not depend on each other, and the host pays for each launch
+//   4  lengths are read BATCH at a time, and no 64-bit division for each item
 //
 // The order changes only the speed, never a result: every item is computed alone.
 //
 // Shared memory: BUCKETS counters.
 #include "shape.cuh"
 
-#define BUCKETS 1024
+#define BUCKET_BITS 10
+#define BUCKETS (1 << BUCKET_BITS)
+#define BATCH 4
 #define THREADS 1024
 
 DEVICE int item_length(const Shape& shape, const int* counts, int head, int q_block) {  // in blocks, anchors included
-  const int visible = visible_blocks(shape, q_block);
-  if (counts == nullptr) return visible;
-  return counts[(head / shape.heads_per_mask) * shape.num_q_blocks + q_block] + shape.key_anchors * ceil_div(visible, 128);
+  if (counts == nullptr) return visible_blocks(shape, q_block);
+  const int selected = counts[(head / shape.heads_per_mask) * shape.num_q_blocks + q_block];
+  return shape.key_anchors ? selected + shape.key_anchors * ceil_div(visible_blocks(shape, q_block), 128) : selected;
+}
+
+// Calls visit(bucket, head, tile) for the items of heads first .. last - 1, each by one thread. The lengths of BATCH items are read
+// together, and nothing is divided that can be counted: a thread block has thousands of items.
+template <class Visit>
+DEVICE void for_each_item(const Shape& shape, const int* counts, int tile_rows, int first, int last, Visit visit) {
+  const int tiles = ceil_div(shape.q_len, tile_rows), tiles_per_block = shape.block_size / tile_rows;
+  const int longest = shape.num_k_blocks * (1 + shape.key_anchors) + 1;
+  const int coarser = max(0, 32 - __clz(longest) - BUCKET_BITS);
+  const int more_heads = THREADS / tiles, more_tiles = THREADS % tiles;
+  int head = first + (int)threadIdx.x / tiles, tile = (int)threadIdx.x % tiles;
+  while (head < last) {
+    int heads_of[BATCH], tiles_of[BATCH], lengths[BATCH];
+#pragma unroll
+    for (int n = 0; n < BATCH; ++n) {
+      heads_of[n] = head;
+      tiles_of[n] = tile;
+      lengths[n] = item_length(shape, counts, min(head, last - 1), tile / tiles_per_block);
+      head += more_heads;
+      tile += more_tiles;
+      if (tile >= tiles) { tile -= tiles; ++head; }
+    }
+#pragma unroll
+    for (int n = 0; n < BATCH; ++n)
+      if (heads_of[n] < last) visit(BUCKETS - 1 - (lengths[n] >> coarser), heads_of[n], tiles_of[n]);
+  }
 }
 
 // Work of one section of heads_per_section query heads: counts [mask rows, Nq] selected blocks (null: dense) -> work [Hq * tiles]
@@ -25,17 +54,12 @@ DEVICE int item_length(const Shape& shape, const int* counts, int head, int q_bl
 DEVICE void schedule(const Shape& shape, int section, const int* counts, int2* work, int tile_rows, int heads_per_section) {
   DYNAMIC_SHARED(shared);
   int* buckets = (int*)shared;
-  const int tiles = ceil_div(shape.q_len, tile_rows);
-  const int first_head = section * heads_per_section, heads = min(heads_per_section, shape.num_q_heads - first_head);
-  const int items = heads * tiles;
-  const int longest = shape.num_k_blocks * (1 + shape.key_anchors) + 1;
+  const int first = section * heads_per_section, last = min(first + heads_per_section, shape.num_q_heads);
+  work += first * ceil_div(shape.q_len, tile_rows);
 
   for (int b = threadIdx.x; b < BUCKETS; b += THREADS) buckets[b] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < items; i += THREADS) {
-    const int length = item_length(shape, counts, first_head + i / tiles, (i % tiles) * tile_rows / shape.block_size);
-    atomicAdd(&buckets[BUCKETS - 1 - (int)((int64_t)length * BUCKETS / (longest + 1))], 1);
-  }
+  for_each_item(shape, counts, tile_rows, first, last, [&](int bucket, int, int) { atomicAdd(&buckets[bucket], 1); });
   __syncthreads();
   if (threadIdx.x < 32) {  // running sum, 32 buckets a lane
     int sum = 0;
@@ -53,12 +77,8 @@ DEVICE void schedule(const Shape& shape, int section, const int* counts, int2* w
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < items; i += THREADS) {
-    const int head = first_head + i / tiles, tile = i % tiles;
-    const int length = item_length(shape, counts, head, tile * tile_rows / shape.block_size);
-    const int slot = atomicAdd(&buckets[BUCKETS - 1 - (int)((int64_t)length * BUCKETS / (longest + 1))], 1);
-    work[first_head * tiles + slot] = make_int2(head, tile);
-  }
+  for_each_item(shape, counts, tile_rows, first, last,
+                [&](int bucket, int head, int tile) { work[atomicAdd(&buckets[bucket], 1)] = make_int2(head, tile); });
 }
 
 // Step 6: element `i` (of 8 numbers) of the anchor keys and values side by side, [Hkv, r, anchor_pitch, d], so that 128 of them make a
