@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("rule", choices=KINDS, help="top_p: on composites of 8; both: P on composites of 8 and tau on those of 2")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=2, help="of each kind of text, 3 at most")
-    parser.add_argument("--max-kl", type=float, default=0.0095, help="of the fit; other windows lose about a third more")
+    parser.add_argument("--max-kl", type=float, default=0.0095, help="of the fit; other windows lose about half more")
     parser.add_argument("--backend", default="reference", choices=("reference", "cupy"))
     options = parser.parse_args()
     model, tokenizer = load(str(SMOLLM2), backend=options.backend)
