@@ -14,7 +14,7 @@ CONFIG = UniSparseConfig(64, top_p=0.5)
 def random_qkv(q_heads, kv_heads, q_len, k_len, head_dim=64, dtype=np.float16, batch=()):
     rng = np.random.default_rng(q_len)
     shapes = ((*batch, q_heads, q_len, head_dim), *2 * [(*batch, kv_heads, k_len, head_dim)])
-    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    return [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -71,7 +71,7 @@ def test_views_with_odd_strides(q_len, dtype, cupy):
 
 
 @pytest.mark.parametrize("config", [CONFIG, UniSparseConfig.balanced(), "dense"], ids=["default", "balanced", "dense"])
-@pytest.mark.parametrize(("batch", "q_len", "k_len"), [(500, 1, 70), (2000, 17, 17)])
+@pytest.mark.parametrize(("batch", "q_len", "k_len"), [(400, 1, 70), (1700, 17, 17)])
 def test_a_batch_of_thousands_of_heads(batch, q_len, k_len, config, cupy):
     """More groups of rows than a thread block's shared memory holds; more heads than a grid has rows."""
     q, k, v = (cupy.asarray(x) for x in random_qkv(20, 20, q_len, k_len, batch=(batch,)))
