@@ -24,8 +24,10 @@ def least_kl(densest: float) -> Callable[[dict[str, Any]], Values]:
 
 
 def most_needles(*results: dict[str, Any]) -> Values:
-    """On the tasks that dense attention solves to 80%, 12 of 14 at 4K and 13 at 8K and 16K: on the others chance decides."""
-    return tuple(best(result, "share_on_solved_tasks", most, max) for result, most in zip(results, (0.36, 0.21, 0.15), strict=True))
+    """On the tasks that dense attention solves to 80%, 12 of 14 at 4K and 13 at 8K and 16K: on the others chance decides, as it does
+    on fewer than 100 questions."""
+    asked = [{"rows": [row for row in result["rows"] if row["items"] >= 100]} for result in results]
+    return tuple(best(result, "share_on_solved_tasks", most, max) for result, most in zip(asked, (0.36, 0.21, 0.15), strict=True))
 
 
 def of_balanced(key: str) -> Callable[..., Values]:
