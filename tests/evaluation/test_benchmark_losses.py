@@ -98,3 +98,38 @@ def test_only_what_is_missing_is_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert [(job.item, job.rules) for job in rules.missing(suite, options, known)] == [
         ("vt 0", ["S 64", "c 16", "c 32"]), ("cwe 1", ["dense", "S 64", "c 4"]), ("cwe 1", ["c 16", "c 32"]),
     ]  # fmt: skip
+
+
+def test_values_per_head_are_rules_like_others() -> None:
+    named, rules = import_module("rules"), import_module("selection_rules")
+    assert set(named.PER_HEAD) <= set(named.RULES)  # both fits are among the results
+    for rule, layers in named.PER_HEAD.items():
+        assert len(layers) == 30 and all(len(layer.top_p) == 9 for layer in layers)  # SmolLM2-135M
+        described = rules.described(layers)
+        assert described["config"]["top_p"] == "per head" and described["config"]["block_size"] == 64
+        assert described["config"]["row_threshold"] == ("per head" if "tau" in rule else None)
+    common = UniSparseConfig.balanced()
+    assert rules.described(common)["config"]["top_p"] == common.top_p and rules.described(common)["selection"] == (1 / 4 + 1 / 64) / 2
+
+
+def test_heads_are_fitted_between_the_windows_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, heads = import_module("losses"), import_module("head_values")
+
+    class Positions:
+        def encode(self, text: str) -> list[int]:
+            return list(range(len(text)))
+
+    texts = {"prose": lambda: " " * 10_000}
+    monkeypatch.setattr(heads, "TEXTS", texts)
+    monkeypatch.setattr(losses, "TEXTS", texts)
+    measured = {position for *_, token_ids in losses.text_windows(Positions(), 1000, heads.MEASURED, ["prose"]) for position in token_ids}
+    for fitted in heads.windows_between(Positions(), 1000, 3):
+        assert len(fitted) == 1000 and not measured & set(fitted)
+    with pytest.raises(SystemExit, match="does not fit between"):
+        heads.windows_between(Positions(), 2000, 1)
+
+
+def test_licences_are_different_texts() -> None:
+    pytest.importorskip("identify")
+    text = import_module("common").licences()
+    assert len(text) > 150_000 and all(text.count(name) for name in ("Mozilla", "Apache License", "Eclipse Public", "European Union"))
