@@ -1,5 +1,5 @@
-// What the attention kernels need before they start, in one launch: the order in which they take their items, longest first inside
-// sections whose keys and values fit the L2, and the anchor keys and values side by side.
+// Before step 6: what the attention kernels need when they start, in one launch: the order in which they take their items, longest first
+// inside sections whose keys and values fit the L2, and the anchor keys and values side by side.
 //
 // Version ladder (figures and verdicts: docs/kernels.md)
 //   1  a sort on the host (a synchronisation)
