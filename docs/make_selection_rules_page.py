@@ -18,14 +18,16 @@ OPENING = """# What each rule of selection costs a model
 Written by `docs/make_selection_rules_page.py` from what `benchmarks/selection_rules.py` measured with this project's own code.
 Unless a row says otherwise: block_size (S) 128, c_q = c_k = 8, first block and the block before the diagonal always kept, one
 anchor key a block. tau is the row threshold, P is Top-P; "c 8, P .95 or c_q 4, c_k 2, tau .02" is the union of both rules, each
-on composites of its own. Density counts anchors; selection is the share of dense attention's products that choosing the blocks
-takes; [ ] are 95% intervals. Why the rules are what they are, and what else was tried: [what_we_tried.md](what_we_tried.md).
+on composites of its own; "per head" are values that `benchmarks/head_values.py` fitted to SmolLM2's heads on windows between these.
+Density counts anchors; selection is the share of dense attention's products that choosing the blocks takes; [ ] are 95% intervals.
+Why the rules are what they are, and what else was tried: [what_we_tried.md](what_we_tried.md).
 
 *Prototype* is what a PyTorch version of [ALGORITHM.md](../ALGORITHM.md) measured on one H100 before this code was there, on other
 windows (prose, plays, policy text and code; 12, or 2 where marked °) and other questions:
 [selection_rules_prototype.json](../benchmarks/results/selection_rules_prototype.json). Its figure is a mean over a sample of its own, so
 the two agree where their difference could be chance: where it is at most half the width of our interval times sqrt(1 + n / m), for means
-over n items here and m there that spread alike. In **bold** where it is more, in *italics* where it only lies outside our own interval.
+over n items here and m there that spread alike (24 quotations: its record does not say how many). In **bold** where it is more, in
+*italics* where it only lies outside our own interval.
 """
 
 
