@@ -172,7 +172,8 @@ def test_the_prompt_from_a_pipe_and_a_reader_that_leaves(tmp_path: Path) -> None
 
 def test_ctrl_c_on_the_real_program() -> None:
     arguments = command("--text", "One of the special magic numbers", "--raw", "-n", "8000", "-q", "--backend", "reference")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(arguments, **pipes, env=environment(), preexec_fn=listening_to_ctrl_c) as process:
         assert process.stdout and process.stderr
         first = process.stdout.read(1)
         time.sleep(0.2)
@@ -180,6 +181,11 @@ def test_ctrl_c_on_the_real_program() -> None:
         rest, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert (first + rest).endswith(b"\n") and b"Traceback" not in errors
+
+
+def listening_to_ctrl_c() -> None:
+    """What runs in the background of a shell ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def environment() -> dict[str, str]:

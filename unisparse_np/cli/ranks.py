@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 import traceback
 
 import click
@@ -12,6 +13,8 @@ import click
 from ..errors import InvalidInput, UniSparseError
 from ..parallel import Single, world
 from .options import Attention, flag, in_section
+
+LAUNCHER_READS = 0.3  # seconds: what it has not passed on when it hears of the end is lost
 
 rank_options = in_section(
     "Several processes (mpirun -n N unisparse-np ...)",
@@ -60,9 +63,10 @@ def end_all_ranks(error: BaseException, code: int) -> None:
     everyone = world()
     if isinstance(everyone, Single) or (isinstance(error, UniSparseError) and error.on_all_ranks):
         return
-    if not isinstance(error, (UniSparseError, KeyboardInterrupt, BrokenPipeError)):  # a bug keeps its traceback
-        traceback.print_exception(error, file=sys.__stderr__)
     if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+        a_bug = not isinstance(error, UniSparseError)  # which keeps its traceback
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"Error: rank {everyone.rank} on {platform.node()}: {text}", file=sys.__stderr__, flush=True)
+        said = [*(traceback.format_exception(error) if a_bug else ()), f"Error: rank {everyone.rank} on {platform.node()}: {text}\n"]
+        print("".join(said), end="", file=sys.__stderr__, flush=True)
+        time.sleep(LAUNCHER_READS)
     everyone.abort(code)
