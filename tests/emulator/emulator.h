@@ -188,6 +188,7 @@ inline char* at(Block* block, uint32_t address, int bytes) {
   return block->shared.data() + address;
 }
 inline int thread_again() { return threadIdx.x; }
+inline int grid_again() { return gridDim.x; }
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - fibre->block->shared.data()); }
 inline int4 load_past_l1(const void* p) { if ((uintptr_t)p & 15) fail("misaligned load"); int4 v; memcpy(&v, p, 16); return v; }
 inline void load_first(int4& v, const void* p, bool wanted) { if (wanted) v = load_past_l1(p); }

@@ -253,10 +253,10 @@ PLANTED = {
     "a key too many is visible": ("mask.cuh", "if (8 * j > d0) s[4 * j]", "if (8 * j > d0 + 1) s[4 * j]"),
     "values are not waited for": (
         "attend_sm90.cu",
-        "        barrier_wait(V_FULL(v.stage), v.parity);\n        pin(o);",
-        "        pin(o);",
+        "      barrier_wait(V_FULL(v.stage), v.parity);\n      pin(o);",
+        "      pin(o);",
     ),
-    "keys are freed too early": ("attend_sm90.cu", "        wgmma_wait<1>();\n        pin(s);\n", "        pin(s);\n"),
+    "keys are freed too early": ("attend_sm90.cu", "      wgmma_wait<1>();\n      pin(s);\n", "      pin(s);\n"),
     "the wrong parity after a ring's end": ("attend_sm90_layout.cuh", "stage = 0; parity ^= 1;", "stage = 0;"),
     "an old maximum": ("attend_sm90_tile.cuh", "    max0 = x0;\n", ""),
     "a part that holds nothing is seen": ("attend_sm90_producer.cuh", "    if (lane >= filled && lane < PARTS) part = NO_KEYS;\n", ""),

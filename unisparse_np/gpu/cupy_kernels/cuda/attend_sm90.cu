@@ -16,6 +16,7 @@
 //      what it needs once an item in shared memory and spills nothing
 //  11  Q is freed after an item's last QK, and the next item's Q is in the L2 by then; of an item's last tile only the parts that hold
 //      keys are loaded and multiplied by their values; a mask only where some row of the warpgroup needs it
+//  12  the next item's first keys and Q are sent before this one's last values are due: the producer waits for neither
 // Dead ends: skipping the rescale of the accumulator when no maximum moved; some exponentials by polynomial; Q in registers;
 // an item's last product under the next one's first; QK of the next half tile under the softmax of this one; other moments to hand
 // on the turn; a tile that says itself that it is an item's last.
@@ -73,79 +74,75 @@ DEVICE void consume(const Shape& shape, const Team& where, int warpgroup, const 
     for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;
     Rows rows = {-INFINITY_F, -INFINITY_F, 0.f, 0.f, 1.f, 1.f};
 
-    if (num_tiles == 0) {
-      release(Q_EMPTY(consumer), lane);
-    } else {
-      const uint64_t q_tile = tile_descriptor(base + Q_AT + consumer * Q_BYTES, 16);
-      uint32_t p[BN / 4];
-      {
-        float s[BN / 2];
-        barrier_wait(K_FULL(k.stage), k.parity);
-        const uint32_t record = tiles + RECORD_BYTES * k.stage;
-        const uint32_t masked = load_shared(record + 12);
-        pin(s);
-        wgmma_fence();
-        multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(s);
-        if (masked) hide(s, masked, record, item, row, (lane & 3) * 2, shape, anchors);
-        release(K_EMPTY(k.stage), lane);
-        if (num_tiles == 1 && lane == 0) barrier_arrive(Q_EMPTY(consumer));
-        k.advance();
-        rows.absorb(s, c);
-        to_16_bit(p, s);
-        if (num_tiles > 1) barrier_wait(K_FULL(k.stage), k.parity);
-      }
+    const uint64_t q_tile = tile_descriptor(base + Q_AT + consumer * Q_BYTES, 16);
+    uint32_t p[BN / 4];
+    {
+      float s[BN / 2];
+      barrier_wait(K_FULL(k.stage), k.parity);
+      const uint32_t record = tiles + RECORD_BYTES * k.stage;
+      const uint32_t masked = load_shared(record + 12);
+      pin(s);
+      wgmma_fence();
+      multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(s);
+      if (masked) hide(s, masked, record, item, row, (lane & 3) * 2, shape, anchors);
+      release(K_EMPTY(k.stage), lane);
+      if (num_tiles == 1 && lane == 0) barrier_arrive(Q_EMPTY(consumer));
+      k.advance();
+      rows.absorb(s, c);
+      to_16_bit(p, s);
+      if (num_tiles > 1) barrier_wait(K_FULL(k.stage), k.parity);
+    }
 #pragma unroll 1
-      for (int j = 1; j < num_tiles; ++j) {
-        float s[BN / 2];
-        const uint32_t record = tiles + RECORD_BYTES * k.stage;
-        const uint32_t masked = load_shared(record + 12);
-        if (CONSUMERS == 2) named_sync(1 + consumer, 256);
-        pin(s);
-        wgmma_fence();
-        multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
-        wgmma_commit();
-        barrier_wait(V_FULL(v.stage), v.parity);
-        pin(o);
-        pin(p);
-        wgmma_fence();
-        multiply_pv<PARTS>(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
-        wgmma_commit();
-        if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
-        wgmma_wait<1>();
-        pin(s);
-        if (masked) hide(s, masked, record, item, row, (lane & 3) * 2, shape, anchors);
-        release(K_EMPTY(k.stage), lane);
-        if (j + 1 == num_tiles && lane == 0) barrier_arrive(Q_EMPTY(consumer));  // Q's last product is done
-        k.advance();
-        rows.absorb(s, c);
-        pin(s);
-        // The next keys are waited for here: the branch keeps the compiler from moving the wait for the PV product above
-        // the exponentials, which would end their overlap.
-        if (j + 1 < num_tiles) barrier_wait(K_FULL(k.stage), k.parity);
-        wgmma_wait<0>();
-        pin(o);
-        pin(p);
-        release(V_EMPTY(v.stage), lane);
-        v.advance();
-        to_16_bit(p, s);
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; ++i) {
-          o[4 * i] *= rows.scale0;
-          o[4 * i + 1] *= rows.scale0;
-          o[4 * i + 2] *= rows.scale1;
-          o[4 * i + 3] *= rows.scale1;
-        }
-      }
+    for (int j = 1; j < num_tiles; ++j) {
+      float s[BN / 2];
+      const uint32_t record = tiles + RECORD_BYTES * k.stage;
+      const uint32_t masked = load_shared(record + 12);
+      if (CONSUMERS == 2) named_sync(1 + consumer, 256);
+      pin(s);
+      wgmma_fence();
+      multiply_qk(s, q_tile, tile_descriptor(base + K_AT + k.stage * KV_BYTES, 16));
+      wgmma_commit();
       barrier_wait(V_FULL(v.stage), v.parity);
-      multiply_last_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128), item.w);
-      rows.sum0 = quad_sum(rows.sum0);
-      rows.sum1 = quad_sum(rows.sum1);
+      pin(o);
+      pin(p);
+      wgmma_fence();
+      multiply_pv<PARTS>(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128));
+      wgmma_commit();
+      if (CONSUMERS == 2) named_arrive(2 - consumer, 256);
+      wgmma_wait<1>();
+      pin(s);
+      if (masked) hide(s, masked, record, item, row, (lane & 3) * 2, shape, anchors);
+      release(K_EMPTY(k.stage), lane);
+      if (j + 1 == num_tiles && lane == 0) barrier_arrive(Q_EMPTY(consumer));  // Q's last product is done
+      k.advance();
+      rows.absorb(s, c);
+      pin(s);
+      // The next keys are waited for here: the branch keeps the compiler from moving the wait for the PV product above
+      // the exponentials, which would end their overlap.
+      if (j + 1 < num_tiles) barrier_wait(K_FULL(k.stage), k.parity);
+      wgmma_wait<0>();
+      pin(o);
+      pin(p);
       release(V_EMPTY(v.stage), lane);
       v.advance();
+      to_16_bit(p, s);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        o[4 * i] *= rows.scale0;
+        o[4 * i + 1] *= rows.scale0;
+        o[4 * i + 2] *= rows.scale1;
+        o[4 * i + 3] *= rows.scale1;
+      }
     }
+    barrier_wait(V_FULL(v.stage), v.parity);
+    multiply_last_pv(o, p, tile_descriptor(base + V_AT + v.stage * KV_BYTES, BN * 128), item.w);
+    rows.sum0 = quad_sum(rows.sum0);
+    rows.sum1 = quad_sum(rows.sum1);
+    release(V_EMPTY(v.stage), lane);
+    v.advance();
 
     const int head = item.x, first_row = item.y;
     const float scale0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0;
@@ -195,9 +192,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
   const int lane = threadIdx.x & 31;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // tells the compiler that it is uniform in a warp
   const int warpgroup = warp >> 2, team = TEAMS == 1 ? 0 : warpgroup == 0 ? warp : warpgroup - 1;
-  const uint32_t start = (shared_address(shared) + 1023u) & ~1023u, barriers = start + BARRIERS_AT + team * BARRIER_BYTES;
-  const Team where = {start + team * TEAM_BYTES, barriers, start + ITEMS_AT + team * (16 * CONSUMERS),
-                      start + TILES_AT + team * TEAM_RECORDS};
+  const uint32_t start = (shared_address(shared) + 1023u) & ~1023u, barriers = start + BARRIERS_AT + team * CONTROL_BYTES;
+  const Team where = {start + team * TEAM_BYTES, barriers, barriers + ITEMS_AT, barriers + TILES_AT};
   if (warpgroup == 0 && warp < TEAMS && lane == 0) {
     for (int i = 0; i < CONSUMERS; ++i) { barrier_init(Q_FULL(i), 1); barrier_init(Q_EMPTY(i), 4); }
     for (int i = 0; i < STAGES; ++i) {

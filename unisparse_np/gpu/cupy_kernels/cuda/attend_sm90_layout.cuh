@@ -27,11 +27,12 @@
 #define K_AT (Q_AT + CONSUMERS * Q_BYTES)
 #define V_AT (K_AT + STAGES * KV_BYTES)
 #define TEAM_BYTES (V_AT + STAGES * KV_BYTES)
-#define BARRIERS_AT (TEAMS * TEAM_BYTES)
+#define BARRIERS_AT (TEAMS * TEAM_BYTES)  // and after a team's barriers its records
 #define BARRIER_BYTES 128
-#define ITEMS_AT (BARRIERS_AT + TEAMS * BARRIER_BYTES)
-#define TILES_AT (ITEMS_AT + TEAMS * 16 * CONSUMERS)
-#define SHARED_BYTES (TILES_AT + TEAMS * TEAM_RECORDS + 1024)
+#define ITEMS_AT BARRIER_BYTES
+#define TILES_AT (ITEMS_AT + 16 * CONSUMERS)
+#define CONTROL_BYTES (TILES_AT + TEAM_RECORDS)
+#define SHARED_BYTES (BARRIERS_AT + TEAMS * CONTROL_BYTES + 1024)
 
 #define Q_FULL(i) (barriers + 8 * (i))  // of consumer i
 #define Q_EMPTY(i) (barriers + 8 * (CONSUMERS + (i)))

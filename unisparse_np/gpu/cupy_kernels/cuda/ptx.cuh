@@ -29,6 +29,11 @@ DEVICE int thread_again() {  // threadIdx.x, read anew at each use, so that noth
   asm volatile("mov.u32 %0, %tid.x;" : "=r"(t));
   return t;
 }
+DEVICE int grid_again() {  // gridDim.x, likewise
+  int n;
+  asm volatile("mov.u32 %0, %nctaid.x;" : "=r"(n));
+  return n;
+}
 DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
 // ---- conversions
