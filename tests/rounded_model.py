@@ -30,6 +30,12 @@ def rounded_backend(dtype: np.dtype) -> Any:
     def add_linear(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
         x[...] = rounded(x + rounded(layers.linear(y, weight, bias)))
 
+    def norm_linear(x: np.ndarray, norm: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        return rounded(layers.linear(rounded(layers.rms_norm(x, norm, eps, x.dtype)), weight, bias))
+
+    def norm_linear_swiglu(*arguments: Any) -> np.ndarray:
+        return rounded(layers.swiglu(norm_linear(*arguments)))
+
     def rotate_heads(qkv: np.ndarray, table: np.ndarray, norms: Any, k_room: np.ndarray, v_room: np.ndarray, *others: Any) -> Any:
         q, _ = layers.rotate_heads(qkv, table, norms, k_room, v_room, "dense", None)
         k_room[...] = rounded(k_room)
@@ -46,7 +52,8 @@ def rounded_backend(dtype: np.dtype) -> Any:
 
     same = {name: getattr(layers, name) for name in SAME}
     wrapped = {name: rounding(getattr(layers, name)) for name in ("embedding", "linear", "head", "rms_norm", "swiglu")}
+    own = {"add_linear": add_linear, "norm_linear": norm_linear, "norm_linear_swiglu": norm_linear_swiglu, "rotate_heads": rotate_heads}
     return SimpleNamespace(
-        layers=SimpleNamespace(**same, **wrapped, add_linear=add_linear, rotate_heads=rotate_heads), name="rounded", xp=np,
-        RunningKeySummary=reference.RunningKeySummary, run_dense=attention(reference.run_dense), run_sparse=attention(reference.run_sparse),
+        layers=SimpleNamespace(**same, **wrapped, **own), name="rounded", xp=np, RunningKeySummary=reference.RunningKeySummary,
+        run_dense=attention(reference.run_dense), run_sparse=attention(reference.run_sparse),
     )  # fmt: skip
