@@ -30,7 +30,9 @@ DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat
 LAYOUTS = ("[H, L, d]", "[L, H, d]", "amid NaN", "amid NaN, not aligned")
 FEW_QUERIES = 16  # calls with so many split the keys
 KERNEL_SHAPES = 47  # odd: even and odd seeds meet all of them
-MOST_BLOCKS = {64: 10, 128: 8, 256: 4}  # keys of a problem, in blocks
+MOST_BLOCKS = {64: 10, 128: 8, 256: 4}  # keys of a problem, in blocks; of small ones 24
+HEADS = [(1, 1), (2, 1), (1, 3), (2, 2), (4, 2), (3, 2), (7, 1), (12, 1), (1, 6)]  # query heads of a KV head, KV heads
+SMALL = 8  # one kernel shape in so many has blocks that no tensor-core kernel takes
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,18 @@ class Case:
 
 
 def random_case(seed: int, kernel_shapes: int = KERNEL_SHAPES) -> Case:
-    """A problem that the tensor-core kernels take (one in sixteen in float32, for the plain ones); one in eight with few queries."""
+    """A problem that the tensor-core kernels take (not one in SMALL, nor one in sixteen in float32); one in eight with few queries."""
     rng, kernel_rng = np.random.default_rng(seed), np.random.default_rng(seed % kernel_shapes)
-    size = int(kernel_rng.choice([64, 128, 256]))
-    head_dim = int(kernel_rng.choice([64, 64, 128, 128, 128, 80, 96, 256]))
-    k_len = int(rng.integers(1, MOST_BLOCKS[size] * size))
+    small = seed % kernel_shapes % SMALL == SMALL - 1
+    size = int(kernel_rng.choice([4, 12, 16, 32, 48] if small else [64, 128, 256]))
+    head_dim = int(kernel_rng.choice([16, 32, 40, 64] if small else [64, 64, 128, 128, 128, 80, 96, 256]))
+    k_len = int(rng.integers(1, MOST_BLOCKS.get(size, 24) * size))
     causal = bool(rng.integers(4))
     q_len = int(rng.integers(1, k_len + 1)) if causal else int(rng.integers(1, 4 * size))
     if rng.integers(8) == 0:
         q_len = min(q_len, int(rng.integers(1, FEW_QUERIES + 1)))
     q_offset = int(rng.integers(0, k_len - q_len + 1)) if causal and rng.integers(2) else None
-    group, num_kv_heads = [(1, 1), (2, 1), (1, 3), (2, 2), (4, 2), (3, 2)][rng.integers(6)]
+    group, num_kv_heads = HEADS[rng.integers(len(HEADS))]
     config = _random_config(rng, kernel_rng, size, group, group * num_kv_heads)
     problem = Problem(group * num_kv_heads, num_kv_heads, q_len, k_len, head_dim, config, causal, q_offset)
     dtype = "float32" if rng.integers(16) == 0 else ["float16", "bfloat16"][rng.integers(2)]
@@ -82,8 +85,9 @@ def _random_config(rng: np.random.Generator, kernel_rng: np.random.Generator, si
         top_p = tuple(float(p) for p in rng.choice([0.2, 0.6, 0.95], heads // head_compress))
         row_threshold = tuple(float(p) for p in rng.choice([0.03, 0.2], heads // head_compress))
     rule = rng.integers(3)
-    q_compress, k_compress = (int(kernel_rng.choice([2, 4, 8, 16, 32])) for _ in range(2))
-    coarse = int(kernel_rng.choice([c for c in (2, 4, 8, 16, 32) if c % max(q_compress, k_compress) == 0]))
+    sizes = [c for c in (2, 4, 8, 16, 32) if size % c == 0]
+    q_compress, k_compress = (int(kernel_rng.choice(sizes)) for _ in range(2))
+    coarse = int(kernel_rng.choice([c for c in sizes if c % max(q_compress, k_compress) == 0]))
     return UniSparseConfig(
         block_size=size,
         q_compress=q_compress,
