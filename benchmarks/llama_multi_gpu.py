@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.common import stamp, write_result
 from benchmarks.given_density import LLAMA_3_1_8B, GivenDensity, prompt_of
-from benchmarks.llama_gpu import warm_up
+from benchmarks.llama_gpu import device_name, warm_up
 from benchmarks.random_llama import random_llama
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import load_model_backend
@@ -133,12 +133,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": arguments.shape, "tokens": arguments.tokens, "given_density": arguments.density if given else None, "density": density,
         "tensor": ranks.tensor.size, "context": ranks.context.size, "seconds": slowest,
-        "exchange_share": statistics.mean(waited for _, waited in of_ranks) / slowest, "device": device_name(backend),
+        "exchange_share": statistics.mean(waited for _, waited in of_ranks) / slowest,
+        "device": device_name() if backend.name == "cupy" else "CPU",
     }  # fmt: skip
-
-
-def device_name(backend: Any) -> str:
-    return backend.xp.cuda.runtime.getDeviceProperties(0)["name"].decode() if backend.name == "cupy" else "CPU"
 
 
 def device_count() -> int:

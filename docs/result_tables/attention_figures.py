@@ -27,11 +27,13 @@ def sparse_rate(result: dict[str, Any], density: float, kernel: str = "ours", di
 
 
 def share_of_dense_rate(result: dict[str, Any]) -> Values:
+    """At 25% and 50% of the blocks: TFLOP/s on listed blocks over those of dense attention."""
     dense = value(result, "tflops", work="dense", length=32768, kernel="ours")
     return tuple(ratio(sparse_rate(result, density), dense) for density in (0.25, 0.5))
 
 
 def over_flex(result: dict[str, Any]) -> Values:
+    """At 25% and 50% of the blocks: times faster than FlexAttention."""
     return tuple(ratio(sparse_rate(result, density), sparse_rate(result, density, "flex")) for density in (0.25, 0.5))
 
 
@@ -59,6 +61,7 @@ def anchors_share(result: dict[str, Any]) -> Values:
 
 
 def host_microseconds(result: dict[str, Any]) -> Values:
+    """Until a call returns, the GPU left behind: alone, and once its launches are graphs."""
     works = ("host time of one call", "host time of one call, as graphs")
     return tuple(None if ms is None else 1e3 * ms for ms in (value(result, "ms", work=work, kernel="ours") for work in works))
 

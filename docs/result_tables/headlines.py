@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from result_tables.figures import value
 from result_tables.tables import GPU, Columns, Row, grid, machine_of, result_of, text
 from unisparse_np import UniSparseConfig
 
@@ -27,14 +28,15 @@ def line(question: str, answer: str, result: dict[str, Any], more: str) -> Row:
 
 
 def number(result: dict[str, Any], key: str, **wanted: Any) -> float:
-    """A number of the one row that has these entries."""
-    for row in result["rows"]:
-        if all(row.get(name) == entry for name, entry in wanted.items()):
-            return float(row[key])
+    """A number of the one row that has these entries; a ValueError where none has it."""
+    found = value(result, key, **wanted)
+    if found is not None:
+        return float(found)
     raise ValueError(f"no row with {wanted} was measured by {result['stamp']['command']}: run it whole, then `make docs` again")
 
 
 def needles() -> Row:
+    """Facts found by the balanced preset, of those that dense attention finds."""
     results = [result_of(f"selection_rules_needles_{length}") for length in (8192, 16384)]
     kept, density = (
         " / ".join(f"{number(result, key, config=asdict(UniSparseConfig.balanced())):.0%}" for result in results)
@@ -45,6 +47,7 @@ def needles() -> Row:
 
 
 def words() -> Row:
+    """KL of the presets and of the paper's rule on a real model's text."""
     result = result_of("selection_rules_text_8192")
     configs = {"`balanced`": UniSparseConfig.balanced(), "default": UniSparseConfig(), "the paper's bare rule": UniSparseConfig.paper()}
     answer = "; ".join(
@@ -55,6 +58,7 @@ def words() -> Row:
 
 
 def attention() -> Row:
+    """Dense and whole sparse calls beside cuDNN."""
     result = result_of(f"attention_gpu_{GPU}")
     cudnn, dense = (number(result, "ms", work="dense", length=131072, kernel=kernel) for kernel in ("cudnn", "ours"))
     calls = sorted((row["density"], row["ms"]) for row in result["rows"] if row["work"] == "whole call")
@@ -64,6 +68,7 @@ def attention() -> Row:
 
 
 def prompt() -> Row:
+    """Seconds to read a long prompt with the 8B shape."""
     result = result_of(f"llama_gpu_{GPU}")
     case: dict[str, Any] = {"work": "prefill", "tokens": 131072}
     theirs = number(result, "seconds", kernel="transformers cudnn", **case)
@@ -73,12 +78,14 @@ def prompt() -> Row:
 
 
 def step() -> Row:
+    """Milliseconds of a token behind a prompt, the same shape."""
     result = result_of(f"llama_gpu_{GPU}")
     ours, theirs = (1e3 * number(result, "seconds", work="decode", tokens=8192, kernel=name) for name in ("ours dense", "transformers"))
     return line("And to write a token behind 8K?", f"{ours:.1f} ms; transformers {theirs:.0f} ms", result, MODELS)
 
 
 def laptop() -> Row:
+    """Seconds to read a prompt on a CPU."""
     result = result_of("smollm2_prefill")
     sparse, dense, theirs = (number(result, "seconds", engine=name, length=8192) for name in ("default", "dense", "transformers"))
     answer = f"{sparse:.0f} s with the default preset, {dense:.0f} s dense; transformers {theirs:.0f} s"
@@ -86,6 +93,7 @@ def laptop() -> Row:
 
 
 def agreement() -> Row:
+    """Random problems against the reference, and whole answers against transformers."""
     problems, judged = result_of(f"random_problems_{GPU}"), result_of("judge_smollm2")
     passed = problems["problems"] - len(problems["failures"])
     answer = f"{passed:,} of {problems['problems']:,} random problems agree with the float64 reference; in float32 on a CPU "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from result_tables.figures import Figure, Values, ratio
+from result_tables.figures import Figure, Values, ratio, value
 from unisparse_np import UniSparseConfig
 
 TEXT, COPY = ("selection_rules_text_8192",), ("selection_rules_copy_8192",)
@@ -20,6 +20,7 @@ def best(result: dict[str, Any], key: str, densest: float, choose: Callable[[Ite
 
 
 def least_kl(densest: float) -> Callable[[dict[str, Any]], Values]:
+    """The least KL on text of all rules that keep at most this density."""
     return lambda text: (best(text, "kl", densest, min),)
 
 
@@ -33,15 +34,17 @@ def most_needles(*results: dict[str, Any]) -> Values:
 def of_balanced(key: str) -> Callable[..., Values]:
     """A figure of the balanced preset, from each result."""
     config = asdict(UniSparseConfig.balanced())
-    return lambda *results: tuple(next((row[key] for row in result["rows"] if row["config"] == config), None) for result in results)
+    return lambda *results: tuple(value(result, key, config=config) for result in results)
 
 
 def cost_of_balanced(text: dict[str, Any]) -> Values:
+    """Density and selection, a share of dense attention's products."""
     density, selection = of_balanced("density")(text)[0], of_balanced("selection")(text)[0]
     return (None if density is None or selection is None else density + selection,)
 
 
 def saved_by_tune(result: dict[str, Any]) -> Values:
+    """By how much of the default preset's density the tuned config's is lower."""
     share = ratio(result["tuned"]["density"], result["presets"]["default preset"]["density"])
     return (None if share is None else 1 - share,)
 

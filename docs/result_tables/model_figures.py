@@ -29,9 +29,7 @@ def our_prompts(result: dict[str, Any]) -> list[Row]:
 
 def peak_gigabytes(result: dict[str, Any]) -> Values:
     """The most that a prompt of 128K took, dense or sparse."""
-    peaks = [
-        row["peak_bytes"] for row in result["rows"] if row["work"] == "prefill" and row["kernel"] == "ours" and row["tokens"] == 131072
-    ]
+    peaks = [row["peak_bytes"] for row in our_prompts(result) if row["tokens"] == 131072]
     return (max(peaks) / 1e9 if peaks else None,)
 
 
@@ -42,6 +40,7 @@ def longest_prompt(result: dict[str, Any]) -> Values:
 
 
 def step_over_weights(result: dict[str, Any]) -> Values:
+    """A dense step behind 8K tokens over the time of reading the weights alone."""
     return (ratio(value(result, "seconds", work="decode", kernel="ours dense", tokens=8192), WEIGHTS_SECONDS),)
 
 
@@ -57,11 +56,13 @@ def sparse_step(head_compress: int) -> Callable[[dict[str, Any]], Values]:
 
 
 def first_token(result: dict[str, Any]) -> Values:
+    """Times faster than transformers, dense and sparse."""
     rows = result["speed"]["rows"]
     return tuple(rows[engine]["times_faster_to_first_token"] if engine in rows else None for engine in ("ours dense", "ours unisparse"))
 
 
 def cold_start(result: dict[str, Any]) -> Values:
+    """Median seconds of `generate` in a new process, kernels compiled before."""
     return (statistics.median(run["seconds"] for run in result["cold_start"]["compiled_before"]),)
 
 

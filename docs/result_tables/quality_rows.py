@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from result_tables.tables import Row, has_result, result_of
 from unisparse_np.config import PRESETS, UniSparseConfig
 from unisparse_np.evaluation.intervals import mean_estimate
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-Row = dict[str, Any]
 
 OTHER_LOSSES = ("copy_8192", "needles_4096", "needles_8192", "needles_16384")  # beside the text's
 
@@ -34,9 +29,8 @@ def loss_rows(text: dict[str, Any]) -> list[Row]:
 
 def selection_result(name: str) -> dict[str, Any]:
     """What benchmarks/selection_rules.py wrote, or no rows."""
-    path = RESULTS / f"selection_rules_{name}.json"
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    return result
+    file = f"selection_rules_{name}"
+    return result_of(file) if has_result(file) else {"rows": []}
 
 
 def row_of_config(result: dict[str, Any], config: UniSparseConfig) -> Row | None:

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
-from tests.llama_checkpoints import load_case, write_checkpoint
+from tests.emulator.models import open_model, write_qwen3
 from unisparse_np import UniSparseConfig
 from unisparse_np.attention import load_backend
-from unisparse_np.model.checkpoint import expected_tensors
-from unisparse_np.model.config import ModelConfig
-from unisparse_np.model.llama import Llama
-from unisparse_np.model.weights import load_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
@@ -25,10 +21,7 @@ PROMPT, STEPS = 150, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A qwen3 model (norms of q and k) with biases and heads of 64."""
-    raw = load_case("qwen3_bias_head_dim_transformers5").config | {"head_dim": 64, "num_hidden_layers": 2, "layer_types": None}
-    tensors = {name: list(slot.shape) for name, slot in expected_tensors(ModelConfig.from_dict(raw)).items()}
-    return write_checkpoint(tmp_path_factory.mktemp("model"), raw, tensors, "bfloat16")
+    return write_qwen3(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -36,11 +29,6 @@ def engine():
     cupy_on_cpu.Kernel.seed = 0
     with cupy_on_cpu.installed("80") as backend:
         yield backend
-
-
-def open_model(folder, backend, dtype="bfloat16"):
-    config = ModelConfig.from_folder(folder)
-    return Llama(config, load_weights(folder, config, backend.layers, dtype), backend, PROMPT + STEPS)
 
 
 def answer(model, attention, steps_attention):
@@ -54,7 +42,7 @@ def answer(model, attention, steps_attention):
 
 @pytest.mark.parametrize("attention", ["dense", SPARSE], ids=["dense", "unisparse"])
 def test_recorded_steps_are_those_taken_layer_by_layer(attention, folder, engine):
-    model = open_model(folder, engine)
+    model = open_model(folder, engine, PROMPT + STEPS)
     cupy_on_cpu.Kernel.launched.clear()
     found, cache = answer(model, attention, [attention])
     assert list(cache.decoders) == [(attention, attention)]
@@ -62,12 +50,12 @@ def test_recorded_steps_are_those_taken_layer_by_layer(attention, folder, engine
     model._new_decoder = None
     expected, _ = answer(model, attention, [attention])
     np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
-    exact, _ = answer(open_model(folder, load_backend("reference"), "float32"), attention, [attention])
+    exact, _ = answer(open_model(folder, load_backend("reference"), PROMPT + STEPS, "float32"), attention, [attention])
     np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
 
 
 def test_two_kinds_of_attention_take_turns_over_one_cache(folder, engine):
-    model = open_model(folder, engine)
+    model = open_model(folder, engine, PROMPT + STEPS)
     found, cache = answer(model, SPARSE, ["dense", SPARSE])
     assert len(cache.decoders) == 2
     model._new_decoder = None
@@ -76,7 +64,7 @@ def test_two_kinds_of_attention_take_turns_over_one_cache(folder, engine):
 
 
 def test_a_cache_gives_its_memory_back_when_it_is_dropped(folder, engine):
-    model = open_model(folder, engine)
+    model = open_model(folder, engine, PROMPT + STEPS)
     _, cache = answer(model, SPARSE, [SPARSE])
     memory = weakref.ref(cache._keys)
     gc.disable()  # as it may be long until Python looks for circles
@@ -88,5 +76,5 @@ def test_a_cache_gives_its_memory_back_when_it_is_dropped(folder, engine):
 
 
 def test_float32_has_no_decoder(folder, engine):
-    model = open_model(folder, engine, "float32")
+    model = open_model(folder, engine, PROMPT + STEPS, "float32")
     assert engine.new_decoder(model.config, model.weights, model.new_cache(4), ["dense", "dense"]) is None

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
+from tests.emulator.models import open_model
 from tests.llama_checkpoints import load_case, write_checkpoint
 from unisparse_np import CheckpointError, InvalidInput, UniSparseConfig
 from unisparse_np.attention import load_backend
-from unisparse_np.model.config import ModelConfig
-from unisparse_np.model.llama import Llama
-from unisparse_np.model.weights import load_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
 CASE = load_case("qwen3_bias_head_dim_transformers5")  # biases, norms of q and k, a head_dim of its own
+ROOM = len(CASE.token_ids)
 CONFIG = UniSparseConfig(block_size=16, q_compress=4, k_compress=4, top_p=0.6)
 TWO_SIZES = UniSparseConfig(block_size=16, q_compress=4, k_compress=2, top_p=0.5, row_threshold=0.2, top_p_compress=8)
 TOKENS = 40
@@ -35,11 +34,6 @@ def engine():
     cupy_on_cpu.MemoryPool.limit = 0
 
 
-def open_model(folder, backend, dtype="float32", **options):
-    config = ModelConfig.from_folder(folder)
-    return Llama(config, load_weights(folder, config, backend.layers, dtype), backend, len(CASE.token_ids), **options)
-
-
 def relative_error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
@@ -49,7 +43,7 @@ def test_float32_logits_are_those_of_the_reference(attention, folder, engine):
     ids = CASE.token_ids.tolist()[:TOKENS]
     found, densities = [], []
     for backend in (load_backend("reference"), engine):
-        model = open_model(folder, backend)
+        model = open_model(folder, backend, ROOM, "float32")
         cache = model.new_cache(TOKENS + 2, attention)
         logits = [model.prefill(ids[:32], cache, attention, chunk_size=16)]  # on the blocks' boundaries
         logits += [model.prefill(ids[32:37], cache, attention), model.prefill(ids[37:], cache, attention)]  # and off them
@@ -63,12 +57,12 @@ def test_float32_logits_are_those_of_the_reference(attention, folder, engine):
 
 def test_bfloat16_weights_and_activations(folder, engine):
     ids = CASE.token_ids.tolist()[:TOKENS]
-    expected = open_model(folder, load_backend("reference"), "bfloat16").logits(ids)
-    assert relative_error(open_model(folder, engine, "bfloat16").logits(ids), expected) < 0.03
+    expected = open_model(folder, load_backend("reference"), ROOM).logits(ids)
+    assert relative_error(open_model(folder, engine, ROOM).logits(ids), expected) < 0.03
 
 
 def test_a_prompt_that_does_not_fit_the_gpu_is_refused_with_what_would(folder, engine):
-    model = open_model(folder, engine)
+    model = open_model(folder, engine, ROOM, "float32")
     cupy_on_cpu.MemoryPool.limit = 100 << 20
     with pytest.raises(InvalidInput, match=r"40 tokens need 0.3 GiB beside the weights, and the GPU has 0.1 GiB free: 0 tokens would fit"):
         model.new_cache(TOKENS)
@@ -80,7 +74,7 @@ def test_a_checkpoint_larger_than_the_gpu_is_refused_before_it_is_read(folder, e
     monkeypatch.setattr(weights, "_read", None)
     cupy_on_cpu.MemoryPool.limit = 1000
     with pytest.raises(CheckpointError, match=r"the checkpoint needs .* GiB as float32, and the GPU has 0.0 GiB free"):
-        open_model(folder, engine)
+        open_model(folder, engine, ROOM, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -90,7 +84,7 @@ def test_weights_that_are_not_finite_are_found_on_the_device(tmp_path, engine, d
     values[-1, -1] = -np.inf
     write_checkpoint(tmp_path, CASE.config, CASE.tensors, **{name.replace(".", "__"): values})
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite weights"):
-        open_model(tmp_path, engine, dtype)
+        open_model(tmp_path, engine, ROOM, dtype)
 
 
 @pytest.mark.parametrize(("heads", "tokens", "dim"), [(3, 5, 64), (2, 7, 8), (3, 4, 18)])
@@ -103,7 +97,7 @@ def test_heads_are_merged_as_they_lie_and_as_they_should(heads, tokens, dim, eng
 
 
 def test_memory_that_runs_out_on_the_way_is_one_sentence(folder, engine, monkeypatch):
-    model = open_model(folder, engine)
+    model = open_model(folder, engine, ROOM, "float32")
     cache = model.new_cache(20)
     released = []
     monkeypatch.setattr(engine.layers.memory, "release", lambda: released.append(True))
@@ -118,7 +112,7 @@ def test_memory_that_runs_out_on_the_way_is_one_sentence(folder, engine, monkeyp
 
 
 def test_not_finite_numbers_are_found_where_they_first_appear(folder, engine):
-    model = open_model(folder, engine, check_finite=True)
+    model = open_model(folder, engine, ROOM, "float32", check_finite=True)
     cache = model.new_cache(20)
     model.prefill([1] * 10, cache, "dense")
     model.weights.layers[1].down[3, 5] = np.inf

@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 
 from tests.emulator import cupy_on_cpu
-from tests.llama_checkpoints import load_case, write_checkpoint
+from tests.emulator.models import open_model, write_qwen3
 from unisparse_np import UniSparseConfig
-from unisparse_np.model.checkpoint import expected_tensors
-from unisparse_np.model.config import ModelConfig
-from unisparse_np.model.llama import Llama
-from unisparse_np.model.weights import load_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="the emulator needs Linux and g++")
 
@@ -24,15 +20,7 @@ PROMPT, ROOM = 150, 300
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A qwen3 model (norms of q and k) with biases and heads of 64."""
-    raw = load_case("qwen3_bias_head_dim_transformers5").config | {"head_dim": 64, "num_hidden_layers": 2, "layer_types": None}
-    tensors = {name: list(slot.shape) for name, slot in expected_tensors(ModelConfig.from_dict(raw)).items()}
-    return write_checkpoint(tmp_path_factory.mktemp("model"), raw, tensors, "bfloat16")
-
-
-def open_model(folder, backend, dtype="bfloat16"):
-    config = ModelConfig.from_folder(folder)
-    return Llama(config, load_weights(folder, config, backend.layers, dtype), backend, ROOM)
+    return write_qwen3(tmp_path_factory.mktemp("model"))
 
 
 def read(model, attention, capacity, chunks):
@@ -67,7 +55,7 @@ def read(model, attention, capacity, chunks):
 def test_layers_in_one_call_are_their_parts(capability, attention, capacity, chunks, folder, monkeypatch):
     cupy_on_cpu.Kernel.seed = 0
     with cupy_on_cpu.installed(capability) as backend:
-        model, calls, whole = open_model(folder, backend), [], backend.whole_layer
+        model, calls, whole = open_model(folder, backend, ROOM), [], backend.whole_layer
 
         def watched(*arguments):
             calls.append(whole(*arguments))
@@ -95,13 +83,13 @@ def test_layers_in_one_call_are_their_parts(capability, attention, capacity, chu
 def test_what_no_single_call_can_do_goes_part_by_part(folder, monkeypatch):
     cupy_on_cpu.Kernel.seed = 0
     with cupy_on_cpu.installed("80") as backend:
-        model = open_model(folder, backend)
+        model = open_model(folder, backend, ROOM)
         logits, cache, _ = read(model, SPARSE, ROOM, (70, 5, 75))  # inside a block; few tokens; inside a block
         with monkeypatch.context() as patched:
             patched.setattr(backend, "whole_layer", None)
             expected, by_parts, _ = read(model, SPARSE, ROOM, (70, 5, 75))
         np.testing.assert_array_equal(logits, expected)
         assert cache.densities() == by_parts.densities()
-        wide = open_model(folder, backend, "float32")
+        wide = open_model(folder, backend, ROOM, "float32")
         x = backend.xp.zeros((20, wide.config.hidden_size), np.float32)
         assert backend.whole_layer(0, wide.weights.layers[0], x, None, wide.config, wide.new_cache(ROOM), "dense") is None

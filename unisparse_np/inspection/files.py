@@ -37,9 +37,12 @@ def check_folder(flag: str, path: str) -> Path:
 def check_new_folder(flag: str, path: str) -> Path:
     """A folder that is there, or that can be made in one that is. Raises InvalidInput when neither holds."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    if folder.is_dir():
+        return check_folder(flag, path)
+    if folder.exists():
         raise InvalidInput(f"{flag} {path} is a file: name a folder")
-    return folder if not folder.exists() and check_folder(flag, str(folder.parent)) else check_folder(flag, path)
+    check_folder(flag, str(folder.parent))
+    return folder
 
 
 def write_whole(path: Path, content: bytes) -> None:

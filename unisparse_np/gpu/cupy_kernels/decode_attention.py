@@ -20,7 +20,7 @@ from .decode_select import CELL, DecodeSelector, coarse_keys, launch
 from .device import kernel, num_multiprocessors
 from .plan import Plan
 from .select import BlockMask
-from .shapes import MAX_HEAD_DIM, element_strides, shape_of, uses_tensor_cores
+from .shapes import MAX_HEAD_DIM, element_strides, positions, shape_of, uses_tensor_cores
 
 FILE = "decode_attention.cu"
 FEW_QUERIES = 16
@@ -42,7 +42,7 @@ def attend_few(q: Any, k: Any, v: Any, mask: BlockMask | None, anchors: Any, pla
     dtype of q, lse [Hq, Lq] float32 and the name of the kernel.
     """
     problem = plan.problem
-    anchors = None if mask is None or anchors is None else cupy.ascontiguousarray(anchors, dtype=np.int32)
+    anchors = None if mask is None or anchors is None else positions(anchors)
     heads_per_mask, key_anchors = (0, 0) if mask is None else (mask.heads_per_row, 0 if anchors is None else anchors.shape[2])
     split = split_of(problem, q.dtype == np.float16, heads_per_mask, key_anchors, cupy.cuda.runtime.getDevice())
     out = cupy.empty((problem.num_q_heads, problem.q_len, problem.head_dim), q.dtype)
